@@ -1,0 +1,729 @@
+"""What the network is: Llama 2, its cache, sampling and checkpoint, and the plumbing of all stages.
+
+One file holds everything that two stages must agree on. The network itself comes first and reads
+from top to bottom: configuration, small parts, block, `Llama`. Then what is done with it
+(probabilities, sampling), then how it is kept on disk, then the plumbing of the scripts.
+
+Shape key of the whole repository, used in every `# (B, T, D)` comment:
+    B batch   T tokens in this call   S keys visible (cache + T)   D width (`dim`)
+    H query heads   KV key/value heads   hd head size   F FFN width   V vocabulary   L layers
+    P prompt length   R response length   N samples per prompt
+
+Sources: [L2] Llama 2, arXiv 2307.09288.  [RMS] RMSNorm, 1910.07467.  [RoPE] RoFormer, 2104.09864.
+         [GLU] GLU variants, 2002.05202.  [GQA] 2305.13245.  [code] facebookresearch/llama.
+
+Differs from the paper: nothing in the network. Initialisation is unspecified there (see
+`init_weights`), and the released code samples on one device with a fixed batch (see `decode`).
+"""
+
+from __future__ import annotations
+
+import argparse, contextlib, dataclasses, difflib, inspect, json, math, os, pickle, sys, time
+import typing, zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ------------------------------------------------------------------------------ configuration
+
+
+@dataclass
+class ModelConfig:
+    """The shape of one network; nothing here changes during training."""
+
+    dim: int  # D, width of the residual stream
+    n_layers: int  # L
+    n_heads: int  # H, query heads; hd = dim / n_heads
+    n_kv_heads: int  # KV, key/value heads; KV < H is grouped-query attention [L2 §2.2, GQA]
+    hidden_dim: int  # F, width of the SwiGLU layer
+    vocab_size: int  # V
+    max_seq_len: int  # tokens; paper: 4096 (Table 1)
+    norm_eps: float = 1e-5  # paper's code: 1e-5 (the first upload of 7B said 1e-6 by mistake)
+    rope_theta: float = 10000.0  # base of the rotary wavelengths [RoPE §3.2.2]
+    scalar_head: bool = False  # True: one score per position: reward, value models [L2 §3.2.2]
+
+    def __post_init__(self):
+        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+            raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even number")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads "
+                             f"{self.n_kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+def ffn_dim(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """FFN width by Meta's rule: 2/3 of 4*dim, times `multiplier`, rounded up to `multiple_of`.
+
+    The order of the truncations matters: 8192 with 4096 and 1.3 gives 28672. [code]
+    """
+    hidden = int(2 * (4 * dim) / 3)  # 2/3: three matrices instead of two, equal parameters [GLU]
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * math.ceil(hidden / multiple_of)
+
+
+def _preset(dim, layers, heads, kv_heads, hidden, vocab, context) -> ModelConfig:
+    return ModelConfig(dim, layers, heads, kv_heads, hidden, vocab, context)
+
+
+PRESETS: dict[str, ModelConfig] = {  # dim, layers, heads, kv heads, FFN, vocabulary, context
+    "tiny": _preset(128, 4, 4, 2, ffn_dim(128, 32), 1536, 512),  # minutes on a laptop CPU
+    "15m": _preset(288, 6, 6, 6, 768, 32000, 256),  # llama2.c's stories15M
+    "110m": _preset(768, 12, 12, 12, 2048, 32000, 1024),  # llama2.c's stories110M
+    "1b": _preset(2048, 22, 32, 4, 5632, 32000, 2048),  # TinyLlama's shape
+    "7b": _preset(4096, 32, 32, 32, ffn_dim(4096, 256), 32000, 4096),  # 6,738,415,616 parameters
+    "13b": _preset(5120, 40, 40, 40, ffn_dim(5120, 256), 32000, 4096),  # 13,015,864,320
+    "34b": _preset(8192, 48, 64, 8, ffn_dim(8192, 256, 1.0), 32000, 4096),  # 33,743,970,304
+    "70b": _preset(8192, 80, 64, 8, ffn_dim(8192, 4096, 1.3), 32000, 4096),  # 68,976,648,192
+}
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    """A copy of `PRESETS[name]` with fields replaced; ValueError names the nearest preset."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"unknown model {name!r}: {hint}choose one of {', '.join(PRESETS)}")
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Exact number of parameters, by formula: no biases, input and output embeddings untied."""
+    c, kv_dim = config, config.n_kv_heads * config.head_dim
+    layer = 2 * c.dim * c.dim + 2 * c.dim * kv_dim + 3 * c.dim * c.hidden_dim + 2 * c.dim
+    head = 1 if c.scalar_head else c.vocab_size
+    return c.vocab_size * c.dim + c.n_layers * layer + c.dim + head * c.dim
+
+
+# --------------------------------------------------------------------------------- the network
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the half precisions, else the dtype itself: norm and RoPE never go narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight: LayerNorm without the mean and the bias [RMS Eq.4].
+
+    (B, T, D) -> (B, T, D). The division happens in float32 and is cast back *before* the weight
+    multiplies, as in Meta's code: the other order gives other bits in bfloat16.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(at_least_float32(x.dtype))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.type_as(x) * self.weight
+
+
+def rope_table(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angle of every (position, pair): float64 (length, hd/2) each.
+
+    angle[p, i] = p * theta^(-2i/hd): pair 0 turns one radian per token, the last pair hardly moves.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (hd/2,)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # (length, hd/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of neighbours (x0, x1), (x2, x3), ... by its position's angle [RoPE Eq.34].
+
+    x: (B, T, H, hd); cos, sin: (T, hd/2), or (B, T, hd/2) when rows differ. After it, q.k depends
+    on the *distance* of two positions only. Meta pairs neighbours; Hugging Face pairs i with
+    i + hd/2 and permutes the rows of wq and wk to match (convert.py).
+    """
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, hd/2) each
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same angle for all heads
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens already read, per layer (B, KV, S, hd).
+
+    Memory per token: 2 * L * KV * hd numbers; grouped-query attention exists to make this small
+    [L2 §A.2.1]. A layer's tensors are allocated at its first use, from the shape it is given, so
+    that a model whose heads are split over devices needs no line here.
+    """
+
+    def __init__(self, n_layers: int, max_len: int):
+        self.max_len = max_len
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, T, KV, hd) at positions (B, T); return all keys, values (B, KV, S, hd)."""
+        B, _, KV, hd = k.shape
+        if self.layers[layer] is None:
+            empty = k.new_zeros(2, B, KV, self.max_len, hd)
+            self.layers[layer] = (empty[0], empty[1])
+        keys, values = self.layers[layer]
+        rows = torch.arange(B, device=k.device)[:, None]  # (B, 1) against positions (B, T)
+        keys[rows, :, positions], values[rows, :, positions] = k.detach(), v.detach()
+        return keys, values
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these batch rows (int64 indices): finished answers need no more work."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(hd)) v with H query heads on KV key/value heads [L2 §2.2, GQA].
+
+    Query head h reads key/value head h // (H / KV). The number of heads is read from the tensors,
+    never from the configuration: under tensor parallelism each device sees its own share.
+    """
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+
+    def forward(self, x, rope, mask=None, append=None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); mask: bool (B, 1, T, S), True = may look; None = causal."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, *rope), rotate(k, *rope)  # (B, T, H, hd), (B, T, KV, hd)
+        if append is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, KV, T, hd)
+        else:
+            k, v = append(k, v)  # (B, KV, S, hd): what is cached is already rotated
+        q = q.transpose(1, 2)  # (B, H, T, hd)
+        gqa = q.shape[1] != k.shape[1]  # repeats k and v by interleaving: 0 0 1 1, not 0 1 0 1
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
+        return self.wo(out.transpose(1, 2).flatten(-2))  # (B, T, H*hd) -> (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w_down(silu(w_gate x) * w_up x) [GLU Eq.6]; Meta's w1 (gate), w3 (up), w2 (down)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.w_gate = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.w_up = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.w_down = nn.Linear(c.hidden_dim, c.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))  # (B, T, F) in between
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + ffn(norm(x)) [L2 §2.2]."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attention = Attention(c)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.feed_forward = FeedForward(c)
+        self.recompute = False  # activation checkpointing: keep only x, redo the rest in backward
+
+    def body(self, x, rope, mask, append) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, append)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+    def forward(self, x, rope, mask=None, append=None) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.body, x, rope, mask, append, use_reentrant=False)
+        return self.body(x, rope, mask, append)
+
+
+class Llama(nn.Module):
+    """The whole network: embedding, L blocks, final norm, output head [L2 §2.2].
+
+    State-dict names are the role names used here; the one table to Meta's and Hugging Face's names
+    is in convert.py. There is no dropout and no bias anywhere, and there are no buffers.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = c = config
+        self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.output = nn.Linear(c.dim, 1 if c.scalar_head else c.vocab_size, bias=False)
+        self._rope = None  # (cos, sin), built on first use for the dtype and device at hand
+
+    def rope(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rotary table (max_seq_len, hd/2) x 2: derived, so never stored and never stale."""
+        if self._rope is None or (self._rope[0].dtype, self._rope[0].device) != (dtype, device):
+            c = self.config
+            table = rope_table(c.head_dim, c.max_seq_len, c.rope_theta)
+            self._rope = tuple(t.to(dtype).to(device) for t in table)  # MPS has no float64
+        return self._rope
+
+    def hidden(self, tokens, segments=None, cache=None, positions=None) -> Tensor:
+        """Everything but the head: tokens int64 (B, T) -> (B, T, D) after the final norm.
+
+        segments: int64 (B, T): a token sees only its own segment (packed documents). cache with
+        positions int64 (B, T): where each token stands in its row. Right padding needs no mask:
+        no real token looks to its right. ValueError if T exceeds the context.
+        """
+        B, T = tokens.shape
+        if T > self.config.max_seq_len:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.max_seq_len}: "
+                             f"shorten the text or use a model with a larger max_seq_len")
+        x = self.tok_embeddings(tokens)  # (B, T, D)
+        cos, sin = self.rope(at_least_float32(x.dtype), x.device)
+        rope = (cos[:T], sin[:T]) if positions is None else (cos[positions], sin[positions])
+        mask = None
+        if cache is not None:  # key s is visible to the token at position p if s <= p
+            mask = torch.arange(cache.max_len, device=x.device) <= positions[:, None, :, None]
+        elif segments is not None:
+            same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
+            mask = same & torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        for i, layer in enumerate(self.layers):
+            append = None
+            if cache is not None:
+                append = lambda k, v, i=i: cache.append(i, k, v, positions)
+            x = layer(x, rope, mask, append)
+        return self.norm(x)
+
+    def forward(self, tokens, segments=None, cache=None, positions=None) -> Tensor:
+        """tokens int64 (B, T) -> logits float32 (B, T, V), or scores (B, T) with a scalar head.
+
+        float64 weights give float64 logits. Arguments and errors as in `hidden`.
+        """
+        out = self.output(self.hidden(tokens, segments, cache, positions))
+        out = out.to(at_least_float32(out.dtype))
+        return out.squeeze(-1) if self.config.scalar_head else out
+
+    def init_weights(self, seed: int = 0) -> Llama:
+        """Fill every parameter; each draws from its own generator, so a part alone gets the same.
+
+        UNSPECIFIED in L2: N(0, 0.02), and the two projections that write into the residual stream
+        divided by sqrt(2L), so that its variance at the end does not depend on depth. A scalar
+        head starts at std 1/sqrt(D+1): scores of order 1 whatever the width [N+].
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(p)
+                continue
+            std = 0.02
+            if name.endswith(("wo.weight", "w_down.weight")):
+                std /= math.sqrt(2 * self.config.n_layers)
+            elif name == "output.weight" and self.config.scalar_head:
+                std = (self.config.dim + 1) ** -0.5
+            rng = torch.Generator(p.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            nn.init.normal_(p, std=std, generator=rng)
+        return self
+
+
+# ---------------------------------------------------------------------- probabilities, sampling
+
+
+def logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target) at each position: logits (B, T, V), targets int64 (B, T) -> float32 (B, T).
+
+    The one definition for rollout, reference and update: log_softmax(logits / temperature).
+    """
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def uniform(seed: int, rows: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) per (seed, row, position): int64 (B,) x 2 -> float32 (B,), on the CPU.
+
+    A pure function instead of a stream of random numbers: what a row draws does not depend on who
+    else is in the batch, on the order of work or on the number of devices. The mixing is
+    splitmix64's finaliser (Steele et al. 2014), applied to each coordinate in turn.
+    """
+    def mix(z: Tensor) -> Tensor:
+        z = z - 7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
+        z = (z ^ (z >> 30 & (1 << 34) - 1)) * -4658895280553007687  # >> keeps the sign: mask it off
+        z = (z ^ (z >> 27 & (1 << 37) - 1)) * -7723592293110705685
+        return z ^ (z >> 31 & (1 << 33) - 1)
+
+    bits = mix(mix(mix(torch.full_like(rows, seed)) ^ rows) ^ positions)
+    return (bits >> 40 & (1 << 24) - 1).float() / (1 << 24)  # 24 bits: exact in float32
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
+    """Pick a token per row by inverting the distribution at u: float (B, V), (B,) -> int64 (B,).
+
+    temperature 0 is greedy. top_p < 1 keeps the most likely tokens up to the one that crosses
+    top_p [code]; cumsum - p > top_p is what is dropped, so the first token always stays.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits.float() / temperature).softmax(-1), None
+    if top_p < 1:
+        p, order = p.sort(-1, descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0.0)
+    cdf = p.cumsum(-1)  # (B, V), not normalised: u is scaled to it instead
+    pick = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # first index with cdf > u
+    pick = torch.minimum(pick, (cdf < cdf[:, -1:]).sum(-1, keepdim=True))  # rounding at the end
+    return (pick if order is None else order.gather(-1, pick)).squeeze(-1)
+
+
+@torch.inference_mode()
+def decode(model, prompts, max_new_tokens, temperature, top_p, seed, stop=None, row_ids=None):
+    """Yield (rows, tokens, logprobs), three lists, once per generated position.
+
+    Prompts of different lengths stand left-aligned; each row continues at its own position, so no
+    padding is ever looked at and rows do not influence each other. A row ends with `stop` (which
+    is yielded), at max_new_tokens or when the context is full. logprobs are those of the plain
+    distribution at this temperature (1 if greedy), without top_p. Rows that ended leave the
+    batch as soon as a quarter of it is idle.
+    """
+    check_prompts(prompts, model.config)
+    device = model.tok_embeddings.weight.device
+    ids = torch.tensor(list(row_ids) if row_ids is not None else range(len(prompts)))
+    lengths = torch.tensor([len(p) for p in prompts])  # (B,), on the CPU like all bookkeeping
+    B, T = len(prompts), int(lengths.max())
+    limit = torch.clamp(lengths + max_new_tokens, max=model.config.max_seq_len)
+    cache = KVCache(model.config.n_layers, int(limit.max()))
+    tokens = torch.tensor([list(p) + [0] * (T - len(p)) for p in prompts], device=device)
+    x = model.hidden(tokens, cache=cache, positions=torch.arange(T, device=device).expand(B, T))
+    x = x[torch.arange(B), lengths - 1]  # (B, D) at each row's last token
+    rows, position = torch.arange(B), lengths.clone()  # original row numbers; where the next goes
+    live = position < limit
+    while live.any():
+        logits = model.output(x).float()  # (B, V)
+        u = uniform(seed, ids[rows], position).to(device)
+        token = sample(logits, temperature, top_p, u)
+        logp = logprobs(logits, token, temperature or 1.0).cpu()
+        chosen = token.cpu()
+        yield rows[live].tolist(), chosen[live].tolist(), logp[live].tolist()
+        position = position + 1
+        live &= position < limit
+        if stop is not None:
+            live &= chosen != stop
+        if not live.any():
+            return
+        if live.float().mean() < 0.75:
+            keep = live.nonzero().squeeze(-1)
+            cache.keep(keep.to(device))
+            token, rows, position, limit = token[keep], rows[keep], position[keep], limit[keep]
+            live = live[keep]
+        at = (position - 1).clamp(max=cache.max_len - 1).to(device)[:, None]  # (B, 1)
+        x = model.hidden(token[:, None], cache=cache, positions=at)[:, 0]
+
+
+def check_prompts(prompts, config: ModelConfig) -> None:
+    """ValueError unless every prompt is non-empty, shorter than the context, in the vocabulary."""
+    if not prompts:
+        raise ValueError("no prompts given: pass a list of token lists")
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < config.max_seq_len:
+            raise ValueError(f"prompt {row} has {len(prompt)} tokens: this model's context holds "
+                             f"{config.max_seq_len}, and an answer needs at least one; shorten it")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(f"prompt {row} has token ids outside 0..{config.vocab_size - 1}: "
+                             f"was it encoded with another tokenizer?")
+
+
+def rollout(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop=None,
+            row_ids=None) -> tuple[list[list[int]], list[list[float]]]:
+    """Answer all prompts: (tokens, logprobs), a list per row, the stop token included.
+
+    A row that does not end with `stop` was cut. row_ids (default 0..B-1) name the rows for the
+    random numbers, so that the same row drawn elsewhere gives the same answer.
+    """
+    tokens, logps = [[] for _ in prompts], [[] for _ in prompts]
+    steps = decode(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids)
+    for rows, chosen, chosen_logps in steps:
+        for row, token, logp in zip(rows, chosen, chosen_logps):
+            tokens[row].append(token)
+            logps[row].append(logp)
+    return tokens, logps
+
+
+def generate(model, prompts, max_new_tokens, temperature=0.6, top_p=0.9, seed=None, stop=None,
+             row_ids=None) -> list[list[int]]:
+    """Tokens only, at the paper's chat settings; seed None draws a new one. See `rollout`."""
+    seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+    return rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids)[0]
+
+
+def stream(model, prompt, max_new_tokens, temperature=0.6, top_p=0.9, seed=None, stop=None):
+    """Yield the tokens of one answer as they come; `stop` ends it and is yielded."""
+    seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+    for _, chosen, _ in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, stop):
+        yield chosen[0]
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+FORMAT = 1  # of the checkpoint file; a reader refuses what it does not know
+
+
+def atomic_write(path, write) -> None:
+    """Call write(file) on a temporary file beside `path`, sync it, rename it over `path`.
+
+    Whatever happens, `path` holds either the old content or the new, whole; a kill in between
+    leaves one `.tmp` file, which the next write replaces.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the rename too must reach the disk; Windows has no such call
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def _torch_save(value, path) -> None:
+    def write(f):
+        try:
+            torch.save(value, f)
+        except RuntimeError as e:  # torch hides the disk's own error in its message
+            raise OSError(f"cannot write {path}: {str(e).splitlines()[0]} (disk full?)") from e
+
+    atomic_write(path, write)
+
+
+def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None = None,
+         trained_on: str = "", dtype: torch.dtype | None = None) -> None:
+    """Write one self-contained checkpoint: configuration, weights, tokenizer, what it learnt from.
+
+    dtype: None keeps the weights' own; torch.bfloat16 halves the file.
+    """
+    weights = {n: p.detach().to("cpu", dtype or p.dtype) for n, p in model.state_dict().items()}
+    _torch_save({"format": FORMAT, "stage": stage, "config": asdict(model.config),
+                 "weights": {n: w.contiguous() for n, w in weights.items()},
+                 "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
+                 "metrics": metrics or {}, "trained_on": trained_on}, path)
+
+
+def read_torch_file(path):
+    """torch.load without code execution, memory-mapped; one-line ValueError for anything else."""
+    if not Path(path).is_file():
+        script = Path(path).stem.split(".")[0].split("_")[0] + ".py"  # out/reward_safety.pt: reward.py
+        ours = Path(__file__).with_name(script).exists()
+        raise FileNotFoundError(f"{path} does not exist: " +
+                                (f"`python {script}` makes it" if ours else "check the path"))
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as e:
+        why = "truncated, or not a PyTorch file"
+        if "weights_only" in str(e).lower():
+            why = "it asks to run code, which a checkpoint never needs"
+        raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from e
+
+
+def load(path, device="auto", dtype: torch.dtype | None = None) -> tuple[Llama, dict]:
+    """Open a checkpoint of ours: (Llama, info); info: format, stage, config, tokenizer, metrics.
+
+    The file is mapped, not read: weights that keep their dtype and stay on the CPU cost no memory
+    until touched. Every key and shape is checked; ValueError says what is wrong with the file.
+    """
+    data = read_torch_file(path)
+    other = f"{path} is not a checkpoint of this project: `python convert.py --checkpoint {path} " \
+            f"--to own --out NEW.pt` turns other formats into one"
+    if not isinstance(data, dict) or "format" not in data:
+        raise ValueError(other)
+    if data["format"] != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {data['format']!r}, this code reads {FORMAT}")
+    missing = {"stage", "config", "weights", "tokenizer", "metrics", "trained_on"} - data.keys()
+    if missing:
+        raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+    try:
+        config = ModelConfig(**data["config"])
+    except TypeError as e:
+        raise ValueError(f"{path} has an unknown model configuration: {e}") from e
+    model = assemble(config, data["weights"], path)
+    model = model.to(device=pick_device(device), dtype=dtype)
+    info = {k: v for k, v in data.items() if k != "weights"}
+    return model, {**info, "tokenizer": bytes(data["tokenizer"].numpy())}
+
+
+def assemble(config: ModelConfig, weights: dict[str, Tensor], source) -> Llama:
+    """A Llama around given tensors, without copying; ValueError lists wrong names and shapes."""
+    with torch.device("meta"):
+        model = Llama(config)
+    wanted = {n: tuple(p.shape) for n, p in model.state_dict().items()}
+    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing or extra:
+        lists = [f"{what} {', '.join(map(str, names[:4]))}{' ...' if len(names) > 4 else ''}"
+                 for what, names in (("lacks", missing), ("has unknown", extra)) if names]
+        raise ValueError(f"{source}: wrong weight names: it {' and '.join(lists)}")
+    for name, shape in wanted.items():
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"{source}: {name} has shape {tuple(weights[name].shape)}, "
+                             f"the configuration says {shape}")
+    model.load_state_dict(weights, assign=True, strict=True)
+    return model
+
+
+def save_state(path, state: dict) -> None:
+    """Write a running stage's resume state (weights, optimizer, RNG, step), atomically."""
+    _torch_save({"format": FORMAT, **state}, path)
+
+
+def load_state(path) -> dict | None:
+    """Read a resume state, or None when there is none; ValueError if the file is damaged."""
+    if not Path(path).exists():
+        return None
+    state = read_torch_file(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a resume state of this version: delete it to start afresh")
+    return state
+
+
+# ----------------------------------------------------------------------------------- plumbing
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is cuda, else mps, else cpu; ValueError if the named device is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    kind = next(k for k in there if there[k]) if name == "auto" else str(name).split(":")[0]
+    if not there.get(kind, kind == "meta"):
+        raise ValueError(f"device {name!r} is not available: choose auto or one of "
+                         f"{', '.join(k for k in there if there[k])}")
+    return torch.device(kind if name == "auto" else name)
+
+
+def autocast(device: torch.device):
+    """bf16 products over fp32 weights on CUDA; fp32 elsewhere, where bf16 is slow or unsafe."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _field_comments(Config) -> dict[str, str]:
+    """The comment behind each field of a dataclass: it is the help text, written once."""
+    comments = {}
+    for line in inspect.getsource(Config).splitlines():
+        name, colon, rest = line.strip().partition(":")
+        if colon and name.isidentifier() and "  # " in rest:
+            comments[name] = rest.split("  # ", 1)[1].strip()
+    return comments
+
+
+def cli(Config, argv: list[str] | None = None):
+    """A Config from the command line: every field is a flag, and its comment is the help text.
+
+    `max_steps: int = 5` becomes `--max-steps 5`; a bool becomes `--flag / --no-flag`; Literal types
+    list their choices. Unknown flags and wrong types are one line and exit code 2.
+    """
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message}\n")
+
+    doc = sys.modules[Config.__module__].__doc__
+    parser = Parser(description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints, comments = typing.get_type_hints(Config), _field_comments(Config)
+    for field in dataclasses.fields(Config):
+        kind, flag = hints[field.name], "--" + field.name.replace("_", "-")
+        options = dict(default=field.default, help=f"{comments.get(field.name, '')} "
+                       f"(default: {field.default})".replace("%", "%%").strip())
+        if type(None) in typing.get_args(kind):  # `str | None`: the flag takes the str
+            kind = next(a for a in typing.get_args(kind) if a is not type(None))
+        if typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"], options["metavar"] = kind, kind.__name__.upper()
+        parser.add_argument(flag, **options)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        flags = [o for a in parser._actions for o in a.option_strings]
+        near = difflib.get_close_matches(word.split("=")[0], flags, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+        parser.error(f"unknown argument {word}: {hint}")
+    return Config(**vars(known))
+
+
+def run(main, Config) -> None:
+    """main(cli(Config)), with what a user can mend said in one line and exit code 2.
+
+    TRACEBACK=1 in the environment shows where it came from.
+    """
+    name = Path(sys.argv[0]).name
+    config = cli(Config)
+    if os.environ.get("TRACEBACK"):
+        main(config)
+        return
+    try:
+        main(config)
+    except BrokenPipeError:  # `... | head` closed the pipe: nobody is reading any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (ValueError, OSError) as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except FloatingPointError as e:  # a non-finite loss: the last good checkpoint is untouched
+        print(f"{name}: {e}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; --resume continues from the last saved state",
+              file=sys.stderr)
+        raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        print(f"{name}: out of memory: a smaller --batch-size, --seq-len or --model fits; "
+              f"--dry-run shows what a run will need", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+class Log:
+    """Metrics of a stage: one aligned line on the screen, one JSON line in out/STAGE.jsonl.
+
+    resume_step: lines after that step, written before a crash, are dropped, so the file reads
+    like that of an uninterrupted run.
+    """
+
+    def __init__(self, stage: str, out, total_steps: int, resume_step: int | None = None):
+        self.path, self.total = Path(out) / f"{stage}.jsonl", total_steps
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if resume_step is not None and _step_of(line) <= resume_step]
+        atomic_write(self.path, lambda f: f.write("".join(l + "\n" for l in kept).encode()))
+        self.start, self.first = time.time(), resume_step or 0
+
+    def step(self, step: int, **metrics) -> None:
+        """Record metrics (numbers) of optimizer step `step`; prints how long is left."""
+        with open(self.path, "a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        done = max(step - self.first, 1)
+        eta = (self.total - step) * (time.time() - self.start) / done  # s
+        shown = "  ".join(f"{k} {_short(v):>6}" for k, v in metrics.items() if k != "seconds")
+        width = len(str(self.total))
+        print(f"step {step:>{width}}/{self.total}  {shown}  eta {clock(eta)}", flush=True)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line, written when the machine went down
+
+
+def _short(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def clock(seconds: float) -> str:
+    """1:05 for 65 seconds, 2:00:05 above an hour."""
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
