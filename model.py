@@ -88,7 +88,7 @@ PRESETS: dict[str, ModelConfig] = {  # dim, layers, heads, kv heads, FFN, vocabu
 def preset(name: str, **changes) -> ModelConfig:
     """A copy of `PRESETS[name]` with fields replaced; ValueError names the nearest preset."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1)
+        near = difflib.get_close_matches(name, PRESETS, 1, 0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown model {name!r}: {hint}choose one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
@@ -498,12 +498,14 @@ def _torch_save(value, path) -> None:
 
 
 def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None = None,
-         trained_on: str = "", dtype: torch.dtype | None = None) -> None:
+         trained_on: str = "", dtype: torch.dtype | None = None, weights: dict | None = None) -> None:
     """Write one self-contained checkpoint: configuration, weights, tokenizer, what it learnt from.
 
-    dtype: None keeps the weights' own; torch.bfloat16 halves the file.
+    dtype: None keeps the weights' own; torch.bfloat16 halves the file. weights: the gathered
+    tensors of a model that is sharded over ranks; None takes the model's own.
     """
-    weights = {n: p.detach().to("cpu", dtype or p.dtype) for n, p in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    weights = {n: p.detach().to("cpu", dtype or p.dtype) for n, p in weights.items()}
     _torch_save({"format": FORMAT, "stage": stage, "config": asdict(model.config),
                  "weights": {n: w.contiguous() for n, w in weights.items()},
                  "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
@@ -513,7 +515,7 @@ def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None 
 def read_torch_file(path):
     """torch.load without code execution, memory-mapped; one-line ValueError for anything else."""
     if not Path(path).is_file():
-        script = Path(path).stem.split(".")[0].split("_")[0] + ".py"  # out/reward_safety.pt: reward.py
+        script = Path(path).stem.split(".")[0].split("_")[0] + ".py"  # reward_safety: reward.py
         ours = Path(__file__).with_name(script).exists()
         raise FileNotFoundError(f"{path} does not exist: " +
                                 (f"`python {script}` makes it" if ours else "check the path"))
@@ -538,7 +540,7 @@ def load(path, device="auto", dtype: torch.dtype | None = None) -> tuple[Llama, 
     if not isinstance(data, dict) or "format" not in data:
         raise ValueError(other)
     if data["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {data['format']!r}, this code reads {FORMAT}")
+        raise ValueError(f"{path} has checkpoint format {data['format']!r}, we read {FORMAT}")
     missing = {"stage", "config", "weights", "tokenizer", "metrics", "trained_on"} - data.keys()
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
@@ -604,6 +606,43 @@ def autocast(device: torch.device):
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """The paper's optimizer for every stage: betas .9, .95, eps 1e-5 [L2 §2.2, §3.2.3].
+
+    Decay acts on matrices only: pulling the norms' scales towards 0 would mute whole layers
+    (UNSPECIFIED in L2). eps is 1e-5, not the usual 1e-8. lr may be a schedule's first value.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": weight_decay},
+              {"params": [p for p in weights if p.dim() == 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
+
+
+# Flags that may change between a run and its --resume without changing what is learnt.
+FREE_FLAGS = {"resume", "out", "device", "kernels", "recompute", "micro_batch", "tp", "save_every",
+              "log_every", "evaluate_every", "dry_run"}
+
+
+def check_resume(saved: dict, cfg, tokenizer: bytes) -> None:
+    """ValueError when a resume state belongs to another run: other flags, or another tokenizer.
+
+    saved: what `resume_info` put into the state.
+    """
+    other = [f"--{k.replace('_', '-')} {saved['config'].get(k)}" for k, v in asdict(cfg).items()
+             if k not in FREE_FLAGS and saved["config"].get(k) != v]
+    if other:
+        raise ValueError(f"the state in {cfg.out} was made with {' '.join(other)}: give the same "
+                         f"flags, or leave --resume away to start afresh")
+    if saved["tokenizer"] != zlib.crc32(tokenizer):
+        raise ValueError(f"the state in {cfg.out} was made with another tokenizer (has the data "
+                         f"changed?): leave --resume away to start afresh")
+
+
+def resume_info(step: int, total: int, cfg, tokenizer: bytes) -> dict:
+    """What a resume state holds beside weights and optimizer; `check_resume` reads it."""
+    return {"step": step, "total": total, "config": asdict(cfg), "tokenizer": zlib.crc32(tokenizer)}
 
 
 def _field_comments(Config) -> dict[str, str]:
@@ -708,6 +747,41 @@ class Log:
         shown = "  ".join(f"{k} {_short(v):>6}" for k, v in metrics.items() if k != "seconds")
         width = len(str(self.total))
         print(f"step {step:>{width}}/{self.total}  {shown}  eta {clock(eta)}", flush=True)
+
+
+def plot_log(stage: str, out, series: dict[str, str], xlabel: str, ylabel: str, title: str,
+             per_step: float = 1) -> Path:
+    """Draw keys of out/STAGE.jsonl against the step into out/figures/STAGE.png; returns its path.
+
+    series: {key: label}; per_step: units of the x axis per optimizer step.
+    """
+    import matplotlib
+    matplotlib.use("Agg")  # a file, not a window
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (Path(out) / f"{stage}.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for key, label in series.items():
+        points = [(row["step"] * per_step, row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points), "o-" if len(points) < 40 else "-", label=label, markersize=4,
+                      linewidth=1.2)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(out) / "figures" / f"{stage}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def summarize(stage: str, out, numbers: dict) -> None:
+    """Put a stage's numbers into out/summary.json, beside those of the other stages."""
+    path = Path(out) / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    text = json.dumps({**summary, stage: numbers}, indent=2)
+    atomic_write(path, lambda f: f.write(text.encode()))
 
 
 def _step_of(line: str) -> float:

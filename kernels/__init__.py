@@ -1,0 +1,125 @@
+"""How it goes fast: three functions that every stage calls, in C or in PyTorch.
+
+    kernels.choose("auto", device)                              -> one line: which path, and why
+    kernels.trunk(model, tokens, lengths, segments)             -> hidden float32 (B, T, D)
+    kernels.token_logprobs(hidden, output_weight, targets, mask) -> float32 (B, T)
+    kernels.rollout(model, prompts, max_new_tokens, ...)        -> (tokens, logprobs)
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels import native
+from model import check_prompts, logprobs
+from model import rollout as torch_rollout
+
+LOGITS_AT_ONCE = 1 << 24  # numbers of the (n, V) logits that the PyTorch path keeps at a time
+
+_path = {"kind": "torch", "told": set()}  # written by `choose`, read by the functions below
+
+
+def choose(kind: str = "auto", device: torch.device | str = "cpu") -> str:
+    """Pick the path for the whole process; returns one line saying which and why.
+
+    kind: auto (C where it can run), c (ValueError where it cannot), torch. Until it is called,
+    everything runs in PyTorch.
+    """
+    if kind not in ("auto", "c", "torch"):
+        raise ValueError(f"--kernels {kind!r}: choose auto, c or torch")
+    _path.update(kind="torch", told=set())
+    why = None
+    if kind == "torch":
+        return "kernels: PyTorch, as asked"
+    if torch.device(device).type != "cpu":
+        why = f"the C kernels run on the CPU, not on {torch.device(device).type}"
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        why = "under torchrun every path is PyTorch's"
+    else:
+        try:
+            lib = native.load_library()
+        except OSError as e:
+            why = str(e)
+    if why is None:
+        _path["kind"] = "c"
+        return f"kernels: C ({lib.isa().decode()}, float32, {torch.get_num_threads()} threads)"
+    if kind == "c":
+        raise ValueError(f"--kernels c is not possible: {why}; --kernels auto falls back")
+    return f"kernels: PyTorch ({why})"
+
+
+def _use_c(*tensors: Tensor) -> bool:
+    """Whether this call goes to C; says once why not when C was chosen but cannot be used."""
+    if _path["kind"] != "c":
+        return False
+    why = native.unfit(*tensors)
+    if why and why not in _path["told"]:
+        _path["told"].add(why)
+        print(f"kernels: PyTorch for some calls ({why}; C takes float32 on the CPU)", flush=True)
+    return why is None
+
+
+def trunk(model, tokens: Tensor, lengths: Tensor | None = None,
+          segments: Tensor | None = None) -> Tensor:
+    """Everything but the head: tokens int64 (B, T) -> hidden (B, T, D), differentiable.
+
+    lengths: int64 (B,), rows are padded on the right and hidden is 0 from lengths[b] on.
+    segments: int64 (B, T), a token sees only its own segment (packed documents).
+    """
+    fits = tokens.shape[1] <= model.config.max_seq_len  # if not, model.hidden says so
+    if fits and tokens.numel() and _use_c(*model.parameters()):
+        return native.trunk(model, tokens, lengths, segments)
+    hidden = model.hidden(tokens, segments=segments)
+    if lengths is None:
+        return hidden
+    real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, T)
+    return hidden * real.unsqueeze(-1)
+
+
+def token_logprobs(hidden: Tensor, output_weight: Tensor, targets: Tensor, mask: Tensor,
+                   temperature: float = 1.0) -> Tensor:
+    """log p(targets) where mask is not 0, and 0 elsewhere: float32 (B, T), differentiable.
+
+    hidden (B, T, D); output_weight (V, D); targets int64 (B, T), any value where mask is 0; mask
+    bool or number (B, T), used as a selection, not as a weight. Position t's target is whatever
+    stands at targets[:, t]: the caller does the shift by one.
+    """
+    chosen = mask.bool()
+    if _use_c(output_weight, hidden) and chosen.any():
+        return native.token_logprobs(hidden, output_weight, targets, chosen, temperature)
+    out = hidden.new_zeros(chosen.shape, dtype=torch.float32)
+    if not chosen.any():
+        return out + 0 * hidden.sum()  # still part of the graph
+    return out.masked_scatter(chosen, _logprobs_in_chunks(
+        hidden[chosen], output_weight, targets[chosen], temperature))
+
+
+def _logprobs_in_chunks(hidden, weight, targets, temperature) -> Tensor:
+    """(N, D), (V, D), (N,) -> (N,); logits of one chunk exist at a time, backward redoes them."""
+    def one(h, w, t):
+        return logprobs(F.linear(h, w), t, temperature)
+
+    rows = max(LOGITS_AT_ONCE // weight.shape[0], 1)
+    if len(targets) <= rows:
+        return one(hidden, weight, targets)
+    return torch.cat([checkpoint(one, h, weight, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(rows), targets.split(rows))])
+
+
+def rollout(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+            seed: int = 0, stop: int | None = None,
+            row_ids=None) -> tuple[list[list[int]], list[list[float]]]:
+    """Answer all prompts: (tokens, logprobs), a list per row, the stop token included.
+
+    Same contract and same random numbers as `model.rollout`, which is the PyTorch path.
+    """
+    if not model.config.scalar_head and _use_c(*model.parameters()):
+        check_prompts(prompts, model.config)
+        return native.rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop,
+                              row_ids)
+    return torch_rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids)

@@ -1,0 +1,189 @@
+/* Causal grouped-query attention of one sequence, forward and backward [L2 §2.2, GQA].
+ *
+ *     for h < H:  for t < T:                                            (the naive nest)
+ *         for s <= t in t's segment:  z_s = q[t][h] . k[s][h / group] / sqrt(hd)
+ *         p = softmax(z);   out[t][h] = sum_s p_s v[s][h / group]
+ *
+ * Queries are taken BLOCK at a time. Their scores are one matrix product with the keys that at
+ * least one of them may see, so half of the square above the diagonal is never computed, and the
+ * (H, T, T) probabilities never exist: the backward pass redoes a block from the log of its
+ * softmax's denominator, one number per row (FlashAttention's saving, Dao et al. 2022; here the
+ * whole row fits the cache, so the softmax needs no running maximum).
+ *
+ * Backward, with dP = dO V^T and delta_t = sum_s p_ts dP_ts = dO_t . O_t:
+ *     dV = P^T dO,   dZ = P (dP - delta) / sqrt(hd),   dQ = dZ K,   dK = dZ^T Q.
+ */
+#ifndef ATTENTION_H
+#define ATTENTION_H
+
+#include "gemm.h"
+#include "layer.h"
+
+#define BLOCK 24 /* queries at a time, a multiple of every MR */
+
+/* Keys and values of one sequence and layer in the layouts that the products read; `room` tokens
+ * long. They are the key-value cache of generation too. */
+typedef struct {
+    float *k_t; /* (KV, room / NR, hd, NR): right matrix of q k^T */
+    float *v;   /* (KV, hd / NR, room, NR): right matrix of p v */
+    long room;  /* tokens, a multiple of NR */
+} Keys;
+
+INLINE long keys_size(const Shape *s, long room) { /* floats of k_t; of v */
+    return s->n_kv_heads * room * round_up(head_dim(s), NR);
+}
+INLINE float *keys_of(const Shape *s, const Keys *c, long j) { /* head j of k_t */
+    return c->k_t + j * c->room * head_dim(s);
+}
+INLINE float *values_of(const Shape *s, const Keys *c, long j) { /* head j of v */
+    return c->v + j * c->room * round_up(head_dim(s), NR);
+}
+
+/* Fill the cache from qkv (T, D + 2 KV hd), rotated already. */
+STATIC void fill_keys(const Shape *s, long T, const float *qkv, const Keys *c) {
+    long hd = head_dim(s), E = qkv_dim(s);
+    for (long j = 0; j < s->n_kv_heads; j++) {
+        const float *k = qkv + s->dim + j * hd, *v = k + s->n_kv_heads * hd;
+        pack_transposed(hd, T, k, E, keys_of(s, c, j), hd * NR);
+        pack(T, hd, v, E, values_of(s, c, j), c->room * NR);
+    }
+}
+
+/* What may be seen: the keys [from, to) of a block of queries, and which of them by which. */
+typedef struct {
+    long from, to;
+    const int64_t *segments; /* (T), or NULL: one segment */
+} Span;
+
+/* Keys that some query in [t0, t1) sees; from is a multiple of NR. */
+STATIC Span span_of(long t0, long t1, const int64_t *segments) {
+    Span span = {0, t1, segments};
+    if (!segments) return span;
+    for (span.from = 0; span.from < t0; span.from++) {
+        int seen = 0;
+        for (long t = t0; t < t1; t++) seen |= segments[span.from] == segments[t];
+        if (seen) break;
+    }
+    span.from = span.from / NR * NR;
+    return span;
+}
+
+/* z (to - from): -inf where query t may not look. */
+INLINE void hide(float *z, long t, Span span) {
+    for (long s = t + 1; s < span.to; s++) z[s - span.from] = -INFINITY;
+    if (!span.segments) return;
+    for (long s = span.from; s < t; s++)
+        if (span.segments[s] != span.segments[t]) z[s - span.from] = -INFINITY;
+}
+
+/* Scores of n rows against m keys become probabilities in place, z (n, m; ld); row r is query
+ * t0 + r. log_sum (n): the log of each softmax's denominator. */
+ALONE void softmax_rows(long n, float *z, long ld, long t0, Span span, float scale,
+                         float *log_sum) {
+    long m = span.to - span.from;
+    for (long r = 0; r < n; r++, z += ld) {
+        hide(z, t0 + r, span);
+        float top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+        for (long s = 0; s < m; s++) top = z[s] > top ? z[s] : top;
+#pragma omp simd reduction(+ : sum)
+        for (long s = 0; s < m; s++) sum += z[s] = exp_fast(scale * (z[s] - top));
+        float part = 1.0f / sum;
+#pragma omp simd
+        for (long s = 0; s < m; s++) z[s] *= part;
+        log_sum[r] = scale * top + logf(sum);
+    }
+}
+
+/* Room that attention needs per thread, in floats: one block of scores. */
+INLINE long scores_width(long T) { return round_up(T, NR) + NR; }
+
+/* out (T, D) from the queries in qkv (T, D + 2 KV hd) and the cache; log_sum (H, T) for backward;
+ * z: BLOCK * scores_width(T) floats of scratch. */
+STATIC void attention(const Shape *s, long T, const float *qkv, const Keys *c,
+                      const int64_t *segments, float *out, float *log_sum, float *z) {
+    long hd = head_dim(s), E = qkv_dim(s), group = s->n_heads / s->n_kv_heads;
+    long ld = scores_width(T);
+    float scale = 1.0f / sqrtf((float)hd);
+    for (long t0 = 0; t0 < T; t0 += BLOCK) {
+        long n = at_most(BLOCK, T - t0);
+        Span span = span_of(t0, t0 + n, segments);
+        long m = span.to - span.from;
+        for (long h = 0; h < s->n_heads; h++) {
+            const float *k_t = keys_of(s, c, h / group) + span.from * hd;
+            const float *v = values_of(s, c, h / group) + span.from * NR;
+            gemm(n, m, hd, rows_of(qkv + t0 * E + h * hd, E), k_t, hd * NR, z, ld, NULL, 0);
+            softmax_rows(n, z, ld, t0, span, scale, log_sum + h * T + t0);
+            gemm(n, hd, m, rows_of(z, ld), v, c->room * NR, out + t0 * s->dim + h * hd, s->dim,
+                 NULL, 0);
+        }
+    }
+}
+
+/* Scratch of the backward pass. */
+typedef struct {
+    float *z, *dz;   /* BLOCK * scores_width(T) each */
+    float *q, *d_out; /* (hd / NR, BLOCK, NR) each: a block of queries, of d_out, as right matrix */
+    float *k, *v_t;  /* keys_size each: keys as right matrix of dZ K, values of dO V^T */
+} AttentionScratch;
+
+/* p = softmax again, and dz = gradient of the scores, both (n, m; ld) and in place: z holds q k^T,
+ * dz holds dP. out, d_out: this head's columns at query t0, rows D apart. */
+ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0, Span span, float scale,
+                             const float *log_sum, const float *out, const float *d_out, long D,
+                             long hd) {
+    long m = span.to - span.from;
+    for (long r = 0; r < n; r++, z += ld, dz += ld, out += D, d_out += D) {
+        hide(z, t0 + r, span);
+        float delta = 0;
+        for (long i = 0; i < hd; i++) delta += d_out[i] * out[i];
+#pragma omp simd
+        for (long s = 0; s < m; s++) {
+            z[s] = exp_fast(scale * z[s] - log_sum[r]);
+            dz[s] = z[s] * (dz[s] - delta) * scale;
+        }
+    }
+}
+
+/* dqkv (T, D + 2 KV hd) from d_out (T, D), with the qkv, out and log_sum of the forward pass. The
+ * keys and values of a group of heads are shared, so their gradients add up over its heads. */
+STATIC void attention_backward(const Shape *s, long T, const float *qkv, const Keys *c,
+                               const int64_t *segments, const float *out, const float *log_sum,
+                               const float *d_out, float *dqkv, AttentionScratch x) {
+    long hd = head_dim(s), E = qkv_dim(s), D = s->dim, KV = s->n_kv_heads;
+    long group = s->n_heads / KV, ld = scores_width(T), hd_up = round_up(hd, NR);
+    float scale = 1.0f / sqrtf((float)hd);
+    for (long j = 0; j < KV; j++) {
+        pack(T, hd, qkv + D + j * hd, E, x.k + j * c->room * hd_up, c->room * NR);
+        pack_transposed(hd, T, qkv + D + (KV + j) * hd, E, x.v_t + j * c->room * hd, hd * NR);
+    }
+    for (long t = 0; t < T; t++) memset(dqkv + t * E + D, 0, (size_t)(E - D) * sizeof(float));
+    for (long t0 = 0; t0 < T; t0 += BLOCK) {
+        long n = at_most(BLOCK, T - t0);
+        Span span = span_of(t0, t0 + n, segments);
+        long m = span.to - span.from;
+        for (long h = 0; h < s->n_heads; h++) {
+            long j = h / group, at = t0 * D + h * hd;
+            const float *q = qkv + t0 * E + h * hd;
+            float *dk = dqkv + span.from * E + D + j * hd, *dv = dk + KV * hd;
+            /* 1) scores, and dP = dO V^T */
+            gemm(n, m, hd, rows_of(q, E), keys_of(s, c, j) + span.from * hd, hd * NR, x.z, ld,
+                 NULL, 0);
+            gemm(n, m, hd, rows_of(d_out + at, D), x.v_t + (j * c->room + span.from) * hd,
+                 hd * NR, x.dz, ld, NULL, 0);
+            /* 2) P and dZ */
+            softmax_backward(n, x.z, x.dz, ld, t0, span, scale, log_sum + h * T + t0, out + at,
+                             d_out + at, D, hd);
+            /* 3) dQ = dZ K */
+            gemm(n, hd, m, rows_of(x.dz, ld), x.k + j * c->room * hd_up + span.from * NR,
+                 c->room * NR, dqkv + t0 * E + h * hd, E, NULL, 0);
+            /* 4) dK += dZ^T Q, dV += P^T dO */
+            pack(n, hd, q, E, x.q, n * NR);
+            pack(n, hd, d_out + at, D, x.d_out, n * NR);
+            gemm(m, hd, n, columns_of(x.dz, ld), x.q, n * NR, dk, E, dk, E);
+            gemm(m, hd, n, columns_of(x.z, ld), x.d_out, n * NR, dv, E, dv, E);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,117 @@
+"""Compile the C files of this folder with the machine's own compiler, once, and load them.
+
+The library is kept in the user's cache folder under a name made of the sources, the flags and what
+the compiler says of this processor, so that any change makes a new one. It is written under a
+temporary name, tried out in a process of its own and only then renamed: two processes that compile
+at once do no harm, and a library that crashes is never loaded here.
+"""
+
+from __future__ import annotations
+
+import ctypes, functools, hashlib, os, shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+SOURCES = ("trunk.c", "head.c", "rollout.c")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=fast", "-fopenmp-simd", "-pthread")  # -fopenmp-simd: pragmas, no threads
+TARGETS = (("-march=native",), ("-mcpu=native",), ())  # the first that this compiler knows
+TIMEOUT = 120  # s, for a compiler that hangs
+
+
+class Shape(ctypes.Structure):
+    """The Shape of layer.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (
+        "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")] + [
+        ("norm_eps", ctypes.c_float)]
+
+
+# One letter per argument: p pointer, i long, f float, n int. Every function returns an int.
+SIGNATURES = {
+    "trunk_forward": "piippppppppn",
+    "trunk_backward": "piipppppppppn",
+    "head_forward": "iiippppfppn",
+    "head_backward": "iiippppfppppn",
+    "rollout": "ppppiiipppffiipppn",
+    "self_test": "",
+}
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float, "n": ctypes.c_int}
+
+
+def cache_folder() -> Path:
+    """XDG_CACHE_HOME, or ~/.cache, plus our own folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-kernels"
+
+
+def _run(command: list[str], **options) -> subprocess.CompletedProcess:
+    """A finished process; OSError with one line, also if it hangs."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT,
+                              stdin=subprocess.DEVNULL, **options)
+    except subprocess.TimeoutExpired as e:
+        raise OSError(f"{command[0]} did not end within {TIMEOUT} s") from e
+
+
+def find_compiler() -> tuple[list[str], str]:
+    """(command with flags, what it says of itself and of this processor); OSError if none works."""
+    named = os.environ.get("CC")
+    names = named.split() if named else None
+    candidates = [names] if names else [[n] for n in ("cc", "gcc", "clang") if shutil.which(n)]
+    if not candidates:
+        raise OSError("no C compiler found (cc, gcc or clang)")
+    for command in candidates:
+        for target in TARGETS:
+            macros = _run([*command, *target, "-dM", "-E", "-x", "c", os.devnull])
+            if macros.returncode == 0:
+                return [*command, *FLAGS, *target], macros.stdout
+    raise OSError(f"the compiler {' '.join(candidates[-1])} does not work: {_last_line(macros)}")
+
+
+def _last_line(process: subprocess.CompletedProcess) -> str:
+    """The line of its output that says most, or how it ended."""
+    lines = (process.stderr or process.stdout).strip().splitlines()
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [f"exit code {process.returncode}"])[0][:200]
+
+
+def compile_library() -> Path:
+    """The path of the library for these sources, flags and processor, compiled if need be.
+
+    OSError with one line when there is no compiler, or when what it makes does not work.
+    """
+    command, target = find_compiler()
+    files = sorted(p for p in FOLDER.iterdir() if p.suffix in (".c", ".h"))
+    text = "\0".join([*command, target, *(p.name + "\0" + p.read_text() for p in files)])
+    name = f"kernels-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
+    library = cache_folder() / name
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        sources = [str(FOLDER / s) for s in SOURCES]
+        made = _run([*command, *sources, "-o", temporary, "-lm"])
+        if made.returncode:
+            raise OSError(f"{command[0]} failed: {_last_line(made)}")
+        tried = _run([sys.executable, "-c", "import ctypes, sys; "
+                      "sys.exit(ctypes.CDLL(sys.argv[1]).self_test())", temporary])
+        if tried.returncode:
+            raise OSError(f"{command[0]} made a library that fails its own test "
+                          f"({_last_line(tried)})")
+        os.replace(temporary, library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The compiled functions with their argument types set; OSError when they cannot be had."""
+    lib = ctypes.CDLL(str(compile_library()))
+    for name, letters in SIGNATURES.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = [TYPES[c] for c in letters], ctypes.c_int
+    lib.isa.restype = ctypes.c_char_p
+    return lib

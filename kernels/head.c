@@ -1,0 +1,178 @@
+/* Log-probabilities of given tokens, without ever holding the logits (N, V).
+ *
+ *     for n < N:  for v < V:  z[v] = hidden[n] . w[v] / temperature               (the naive nest)
+ *                 logp[n] = z[target[n]] - log sum_v exp(z[v])
+ *
+ * Forward: threads own rows; a row's sum of exponentials grows block of vocabulary by block, with a
+ * running maximum. Only the log of the sum is kept, 4 bytes a row where the logits would be 4 V.
+ *
+ * Backward: with g = d loss / d logp,   dz[v] = g (1[v = target] - exp(z[v] - log_sum)),
+ *     d_hidden = dz w / temperature,   dw = dz^T hidden / temperature.
+ * The logits are computed again, a third more arithmetic against V times less memory. Threads own blocks
+ * of the vocabulary: each row of dw has one writer; d_hidden is summed over threads at the end.
+ */
+#include "gemm.h"
+
+#define ROWS 192 /* rows of a tile of logits */
+#define COLS 128 /* columns, a multiple of every NR */
+
+typedef struct {
+    long N, D, V;
+    const float *hidden;    /* (any, D) */
+    const int64_t *rows;    /* (N): which rows of hidden */
+    const float *w;         /* (V, D) */
+    const int64_t *targets; /* (N) */
+    float temperature;
+    float *logp, *log_sum;  /* (N) */
+    const float *g;         /* (N): gradient of logp */
+    float *d_hidden, *dw;   /* (any, D), (V, D) */
+    float *w_t;             /* panels of w^T (D, V): forward */
+    float *h;               /* (N, D): the chosen rows, one after another */
+    float *h_packed;        /* the same as right matrices (ROWS, D): backward */
+    float *parts;           /* (n_threads, N, D): each thread's part of d_hidden */
+    int failed;
+} Head;
+
+/* ------------------------------------------------------------------------------- forward */
+
+static void gather_job(void *task, int thread, int n_threads) {
+    Head *a = task;
+    for (long v = thread * COLS; a->w_t && v < a->V; v += n_threads * COLS)
+        pack_transposed(a->D, at_most(COLS, a->V - v), a->w + v * a->D, a->D, a->w_t + v * a->D,
+                        a->D * NR);
+    for (long n = thread * ROWS; n < a->N; n += n_threads * ROWS) {
+        long m = at_most(ROWS, a->N - n);
+        for (long r = n; r < n + m; r++)
+            memcpy(a->h + r * a->D, a->hidden + a->rows[r] * a->D, (size_t)a->D * sizeof(float));
+        if (a->h_packed)
+            pack(m, a->D, a->h + n * a->D, a->D, a->h_packed + n * round_up(a->D, NR), m * NR);
+    }
+}
+
+/* Take the logits of one row's block, z (cols) starting at token v, into its running maximum top
+ * and sum = sum exp(z - top). */
+ALONE void take_in(float *z, long cols, float inverse, float *top, float *sum) {
+    float high = *top, more = 0;
+#pragma omp simd reduction(max : high)
+    for (long j = 0; j < cols; j++) {
+        z[j] *= inverse;
+        high = z[j] > high ? z[j] : high;
+    }
+#pragma omp simd reduction(+ : more)
+    for (long j = 0; j < cols; j++) more += exp_fast(z[j] - high);
+    *sum = *sum * exp_fast(*top - high) + more;
+    *top = high;
+}
+
+static void logprobs_job(void *task, int thread, int n_threads) {
+    Head *a = task;
+    long D = a->D;
+    Pool pool = {.n = 0};
+    float *z = grab(&pool, ROWS * COLS);
+    if (pool.failed) a->failed = 1;
+    long step = at_most(ROWS, round_up((a->N + n_threads - 1) / n_threads, MR)); /* even shares */
+    for (long n = thread * step; n < a->N && !pool.failed; n += n_threads * step) {
+        long m = at_most(step, a->N - n);
+        float top[ROWS], sum[ROWS], target[ROWS];
+        for (long r = 0; r < m; r++) top[r] = -INFINITY, sum[r] = 0, target[r] = 0;
+        for (long v = 0; v < a->V; v += COLS) {
+            long cols = at_most(COLS, a->V - v);
+            gemm(m, cols, D, rows_of(a->h + n * D, D), a->w_t + v * D, D * NR, z, COLS, NULL, 0);
+            for (long r = 0; r < m; r++) {
+                take_in(z + r * COLS, cols, 1.0f / a->temperature, top + r, sum + r);
+                long at = a->targets[n + r] - v;
+                if (at >= 0 && at < cols) target[r] = z[r * COLS + at];
+            }
+        }
+        for (long r = 0; r < m; r++) {
+            a->log_sum[n + r] = top[r] + logf(sum[r]);
+            a->logp[n + r] = target[r] - a->log_sum[n + r];
+        }
+    }
+    release(&pool);
+}
+
+/* logp (N) and log_sum (N) of targets (N), given hidden (any, D) at rows (N), w (V, D). Returns 0,
+ * or -1 when memory is short. */
+int head_forward(long N, long D, long V, const float *hidden, const int64_t *rows, const float *w,
+                 const int64_t *targets, float temperature, float *logp, float *log_sum,
+                 int n_threads) {
+    Pool pool = {.n = 0};
+    Head a = {N, D, V, hidden, rows, w, targets, temperature, logp, log_sum, .w_t = NULL};
+    a.w_t = grab(&pool, panels(D, V));
+    a.h = grab(&pool, N * D);
+    a.failed = pool.failed;
+    if (!a.failed) {
+        in_threads(gather_job, &a, n_threads);
+        in_threads(logprobs_job, &a, n_threads);
+    }
+    release(&pool);
+    return a.failed ? -1 : 0;
+}
+
+/* ------------------------------------------------------------------------------ backward */
+
+/* Logits of one row's block, z (cols), become their gradient; at: the target's column, if in it. */
+ALONE void logits_gradient(float *z, long cols, long at, float inverse, float log_sum, float g) {
+    float factor = -g * inverse;
+#pragma omp simd
+    for (long j = 0; j < cols; j++) z[j] = factor * exp_fast(z[j] * inverse - log_sum);
+    if (at >= 0 && at < cols) z[at] -= factor;
+}
+
+static void head_backward_job(void *task, int thread, int n_threads) {
+    Head *a = task;
+    long D = a->D, D_up = round_up(D, NR);
+    Pool pool = {.n = 0};
+    float *z = grab(&pool, ROWS * COLS);
+    float *w_t = grab(&pool, panels(D, COLS)), *w = grab(&pool, panels(COLS, D));
+    float *part = a->parts + thread * a->N * D;
+    if (pool.failed) a->failed = 1;
+    memset(part, 0, (size_t)(a->N * D) * sizeof(float));
+    for (long v = thread * COLS; v < a->V && !pool.failed; v += n_threads * COLS) {
+        long cols = at_most(COLS, a->V - v);
+        float *dw = a->dw + v * D;
+        pack_transposed(D, cols, a->w + v * D, D, w_t, D * NR);
+        pack(cols, D, a->w + v * D, D, w, cols * NR);
+        for (long n = 0; n < a->N; n += ROWS) {
+            long m = at_most(ROWS, a->N - n);
+            gemm(m, cols, D, rows_of(a->h + n * D, D), w_t, D * NR, z, COLS, NULL, 0);
+            for (long r = 0; r < m; r++)
+                logits_gradient(z + r * COLS, cols, a->targets[n + r] - v, 1.0f / a->temperature,
+                                a->log_sum[n + r], a->g[n + r]);
+            gemm(m, D, cols, rows_of(z, COLS), w, cols * NR, part + n * D, D, part + n * D, D);
+            gemm(cols, D, m, columns_of(z, COLS), a->h_packed + n * D_up, m * NR, dw, D,
+                 n ? dw : NULL, D);
+        }
+    }
+    release(&pool);
+}
+
+static void scatter_job(void *task, int thread, int n_threads) {
+    Head *a = task;
+    for (long n = thread; n < a->N; n += n_threads) {
+        float *to = a->d_hidden + a->rows[n] * a->D;
+        for (int i = 0; i < n_threads; i++)
+#pragma omp simd
+            for (long j = 0; j < a->D; j++) to[j] += a->parts[(i * a->N + n) * a->D + j];
+    }
+}
+
+/* d_hidden (any, D) += at rows (N), which are all different; dw (V, D) =: from g (N) = gradient of
+ * logp, with log_sum as forward left it, N >= 1. Returns 0, or -1 when memory is short. */
+int head_backward(long N, long D, long V, const float *hidden, const int64_t *rows, const float *w,
+                  const int64_t *targets, float temperature, float *log_sum, const float *g,
+                  float *d_hidden, float *dw, int n_threads) {
+    Pool pool = {.n = 0};
+    Head a = {N, D, V, hidden, rows, w, targets, temperature, NULL, log_sum, g, d_hidden, dw, NULL,
+              grab(&pool, N * D), grab(&pool, N * round_up(D, NR)),
+              grab(&pool, n_threads * N * D), 0};
+    a.failed = pool.failed;
+    if (!a.failed) {
+        in_threads(gather_job, &a, n_threads);
+        in_threads(head_backward_job, &a, n_threads);
+    }
+    if (!a.failed) in_threads(scatter_job, &a, n_threads);
+    release(&pool);
+    return a.failed ? -1 : 0;
+}

@@ -1,0 +1,206 @@
+"""The C functions as PyTorch sees them: two autograd Functions and one call that generates.
+
+float32 on the CPU only; `unfit` says why a model must take the PyTorch path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from kernels.build import Shape, load_library
+
+LAYER = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
+         "ffn_norm", "feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down")
+
+
+def unfit(*tensors: Tensor) -> str | None:
+    """Why these tensors cannot go to C, or None: they are plain, float32, contiguous, on the CPU."""
+    for t in tensors:
+        if type(t) not in (Tensor, nn.Parameter):
+            return f"weights are of type {type(t).__name__}"  # sharded: FSDP, tensor parallel
+        if t.device.type != "cpu" or t.dtype != torch.float32:
+            return f"weights are {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
+        if not t.is_contiguous():
+            return "weights are not contiguous"
+    return None
+
+
+def trunk_weights(model) -> list[nn.Parameter]:
+    """The parameters in the order that C expects: nine per layer, then the final norm."""
+    weights = [layer.get_submodule(name).weight for layer in model.layers for name in LAYER]
+    return [*weights, model.norm.weight]
+
+
+def _shape(config) -> Shape:
+    names = [name for name, _ in Shape._fields_]
+    return Shape(*(getattr(config, name) for name in names))
+
+
+def _pointers(tensors) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+def _pointer(tensor: Tensor | None):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(code: int) -> None:
+    if code:
+        raise MemoryError("not enough memory for this batch: smaller or shorter rows fit")
+
+
+def _threads(work: int) -> int:
+    return max(1, min(torch.get_num_threads(), work, 256))
+
+
+# ---------------------------------------------------------------------------------- trunk
+
+_spare: list[Tensor] = []  # buffers of activations that the last steps gave back: the operating
+SPARE = 2                  # system clears new memory page by page, 5% of a step
+
+
+def _take(size: int) -> Tensor:
+    """A float32 buffer of at least `size` numbers, content undefined."""
+    fits = [b for b in _spare if size <= b.numel() <= 2 * size]
+    if not fits:
+        return torch.empty(size)
+    best = min(fits, key=torch.numel)
+    _spare[:] = [b for b in _spare if b is not best]
+    return best
+
+
+def trunk(model, tokens: Tensor, lengths: Tensor | None, segments: Tensor | None) -> Tensor:
+    """`kernels.trunk` in C; float32 (B, T, D)."""
+    B, T = tokens.shape
+    x = model.tok_embeddings(tokens)
+    lengths = torch.full((B,), T) if lengths is None else lengths.long().cpu().contiguous()
+    if lengths.shape != (B,) or (B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T):
+        raise ValueError(f"lengths {lengths.tolist()} do not fit tokens of shape {(B, T)}: one "
+                         f"number from 0 to {T} per row")
+    if segments is not None:
+        if segments.shape != (B, T):
+            raise ValueError(f"segments have shape {tuple(segments.shape)}, tokens {(B, T)}")
+        segments = segments.long().contiguous()
+    rope = [t[:T].contiguous() for t in model.rope(torch.float32, x.device)]
+    weights = trunk_weights(model)
+    keep = torch.is_grad_enabled() and any(w.requires_grad for w in (x, *weights))
+    if keep:
+        return Trunk.apply(_shape(model.config), lengths, segments, rope, x, *weights)
+    return _trunk_forward(_shape(model.config), lengths, segments, rope, x, weights, None)
+
+
+def _trunk_forward(shape, lengths, segments, rope, x, weights, saved) -> Tensor:
+    B, T, _ = x.shape
+    x, hidden = x.detach().contiguous(), torch.empty(x.shape)
+    _check(load_library().trunk_forward(
+        ctypes.byref(shape), B, T, x.data_ptr(), lengths.data_ptr(), _pointer(segments),
+        _pointers(weights), rope[0].data_ptr(), rope[1].data_ptr(), _pointer(saved),
+        hidden.data_ptr(), _threads(B)))
+    return hidden
+
+
+class Trunk(torch.autograd.Function):
+    """All layers and the final norm as one differentiable operation on embedded tokens."""
+
+    @staticmethod
+    def forward(ctx, shape, lengths, segments, rope, x, *weights):
+        B, T, _ = x.shape
+        size = load_library().saved_size(ctypes.byref(shape), T)
+        ctx.kept = _take(B * size)
+        ctx.shape, ctx.lengths, ctx.segments, ctx.rope = shape, lengths, segments, rope
+        ctx.save_for_backward(*weights)  # PyTorch complains if they change before backward
+        return _trunk_forward(shape, lengths, segments, rope, x, weights, ctx.kept)
+
+    @staticmethod
+    def backward(ctx, d_hidden):
+        weights = ctx.saved_tensors
+        if ctx.kept is None:
+            raise RuntimeError("second backward pass through kernels.trunk: its activations are "
+                               "given back after the first; --kernels torch can keep them")
+        B, T, D = d_hidden.shape
+        d_hidden, dx, n = d_hidden.contiguous(), torch.empty(B, T, D), _threads(B)
+        gradients = torch.empty(n, sum(w.numel() for w in weights))
+        _check(load_library().trunk_backward(
+            ctypes.byref(ctx.shape), B, T, d_hidden.data_ptr(), ctx.lengths.data_ptr(),
+            _pointer(ctx.segments), _pointers(weights), ctx.rope[0].data_ptr(),
+            ctx.rope[1].data_ptr(), ctx.kept.data_ptr(), dx.data_ptr(), gradients.data_ptr(), n))
+        _spare[:] = [ctx.kept, *_spare][:SPARE]
+        ctx.kept = None
+        parts = gradients[0].split([w.numel() for w in weights])
+        parts = [p.view_as(w) if need else None
+                 for p, w, need in zip(parts, weights, ctx.needs_input_grad[5:])]
+        return None, None, None, None, dx, *parts
+
+
+# ----------------------------------------------------------------------------------- head
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log p(targets) at chosen rows: hidden (any, D), weight (V, D), rows, targets (N) -> (N)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, rows, targets, temperature):
+        N, (V, D) = len(rows), weight.shape
+        hidden = hidden.contiguous()
+        logp, log_sum = torch.empty(N), torch.empty(N)
+        _check(load_library().head_forward(
+            N, D, V, hidden.data_ptr(), rows.data_ptr(), weight.data_ptr(), targets.data_ptr(),
+            temperature, logp.data_ptr(), log_sum.data_ptr(), _threads(N)))
+        ctx.save_for_backward(hidden, weight, rows, targets, log_sum)
+        ctx.temperature = temperature
+        return logp
+
+    @staticmethod
+    def backward(ctx, g):
+        hidden, weight, rows, targets, log_sum = ctx.saved_tensors
+        N, (V, D), g = len(rows), weight.shape, g.contiguous()
+        d_hidden, d_weight = torch.zeros_like(hidden), torch.empty_like(weight)
+        _check(load_library().head_backward(
+            N, D, V, hidden.data_ptr(), rows.data_ptr(), weight.data_ptr(), targets.data_ptr(),
+            ctx.temperature, log_sum.data_ptr(), g.data_ptr(), d_hidden.data_ptr(),
+            d_weight.data_ptr(), _threads(V)))
+        return d_hidden, d_weight if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def token_logprobs(hidden, output_weight, targets, chosen, temperature) -> Tensor:
+    """`kernels.token_logprobs` in C: chosen is bool (B, T) and has at least one True."""
+    rows = chosen.reshape(-1).nonzero().squeeze(-1)  # (N,)
+    picked = targets.reshape(-1)[rows].long()
+    if int(picked.min()) < 0 or int(picked.max()) >= len(output_weight):
+        raise ValueError(f"targets {int(picked.min())}..{int(picked.max())} lie outside the "
+                         f"vocabulary 0..{len(output_weight) - 1}")
+    logp = TokenLogprobs.apply(hidden.flatten(0, -2), output_weight, rows, picked,
+                               float(temperature))
+    return torch.zeros(chosen.shape).masked_scatter(chosen, logp)
+
+
+# -------------------------------------------------------------------------------- rollout
+
+
+def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids):
+    """`kernels.rollout` in C; prompts have been checked."""
+    B, c = len(prompts), model.config
+    ids = torch.tensor(list(row_ids) if row_ids is not None else range(B))
+    if len(ids) != B:
+        raise ValueError(f"{len(ids)} row_ids given for {B} prompts: one per prompt")
+    flat = torch.tensor([token for prompt in prompts for token in prompt])
+    starts = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)  # (B + 1,)
+    longest = int((starts[1:] - starts[:-1]).max())
+    room = max(min(max_new_tokens, c.max_seq_len - min(len(p) for p in prompts)), 0)
+    tokens, logps = torch.empty(B, room, dtype=torch.long), torch.empty(B, room)
+    counts = torch.zeros(B, dtype=torch.long)
+    end = min(longest + max_new_tokens, c.max_seq_len)
+    cos, sin = (t[:end].contiguous() for t in model.rope(torch.float32, torch.device("cpu")))
+    weights = [*trunk_weights(model), model.tok_embeddings.weight, model.output.weight]
+    _check(load_library().rollout(
+        ctypes.byref(_shape(c)), _pointers(weights), cos.data_ptr(), sin.data_ptr(), B,
+        c.max_seq_len, room, flat.data_ptr(), starts.data_ptr(), ids.data_ptr(),
+        float(temperature), float(top_p), ctypes.c_int64(seed).value,
+        -1 if stop is None else stop, tokens.data_ptr(), logps.data_ptr(), counts.data_ptr(),
+        _threads(B)))
+    rows = counts.tolist()
+    return ([t[:n] for t, n in zip(tokens.tolist(), rows)],
+            [p[:n] for p, n in zip(logps.tolist(), rows)])

@@ -1,0 +1,317 @@
+/* Answers to many prompts in one call: tokens and their log-probabilities.
+ *
+ *     for b < B:  while row b lives:  token ~ softmax(logits(prompt, answer so far) / temperature)
+ *
+ * A thread owns some of the rows from the first token to the last and never waits for another. All
+ * its rows take a step together, so each weight is read once for all of them; attention looks at
+ * each row's own cache. A row that ends leaves at once. The prompt is read in matrix form by the
+ * same block_forward that trains, whose packed keys and values are the cache.
+ *
+ * The random number of (seed, row id, position) is model.py's `uniform`, bit for bit, so the same
+ * tokens come out as from PyTorch as long as rounding does not decide.
+ */
+#include "block.h"
+
+/* ------------------------------------------------------------------------------ sampling */
+
+/* splitmix64's finaliser (Steele et al. 2014). */
+static uint64_t mix(uint64_t z) {
+    z += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+/* A number in [0, 1) for (seed, row, position). */
+static float uniform(int64_t seed, int64_t row, int64_t position) {
+    uint64_t bits = mix(mix(mix((uint64_t)seed) ^ (uint64_t)row) ^ (uint64_t)position);
+    return (float)(bits >> 40) / (float)(1 << 24);
+}
+
+/* The index of the largest of z (V), the first if several. */
+ALONE long argmax(long V, const float *z) {
+    float top = z[0];
+#pragma omp simd reduction(max : top)
+    for (long v = 0; v < V; v++) top = z[v] > top ? z[v] : top;
+    for (long v = 0; v < V; v++)
+        if (z[v] == top) return v;
+    return 0; /* every logit is nan */
+}
+
+/* The first index whose cumulated p exceeds u * total, never one beyond the last p > 0. Sums are
+ * doubles rounded to float, as PyTorch's cumsum has them. */
+ALONE long invert(long n, const float *p, float u) {
+    double total = 0, sum = 0;
+#pragma omp simd reduction(+ : total)
+    for (long i = 0; i < n; i++) total += p[i];
+    float end = (float)total, target = u * end;
+    for (long i = 0; i < n; i++) {
+        sum += p[i];
+        if ((float)sum > target || (float)sum >= end) return i;
+    }
+    return n - 1;
+}
+
+typedef struct {
+    float p;
+    int32_t token;
+} Candidate;
+
+static int by_p(const void *a, const void *b) { /* most likely first; ties: the smaller token */
+    const Candidate *x = a, *y = b;
+    return x->p != y->p ? (x->p < y->p ? 1 : -1) : x->token - y->token;
+}
+
+/* Draw from the most likely tokens of p (V), up to the one that crosses top_p [code]. kept (V) and
+ * c (V) are scratch. */
+static long nucleus(long V, const float *p, float top_p, float u, float *kept, Candidate *c) {
+    float least = (1.0f - top_p) / (float)V; /* all below this together weigh less than 1 - top_p */
+    long n = 0, m = 0;
+    for (long v = 0; v < V; v++)
+        if (p[v] >= least) c[n++] = (Candidate){p[v], (int32_t)v};
+    if (n == 0) return argmax(V, p);
+    qsort(c, (size_t)n, sizeof *c, by_p);
+    double sum = 0;
+    for (; m < n; m++) {
+        sum += kept[m] = c[m].p;
+        if ((float)sum - kept[m] > top_p) break;
+    }
+    return c[invert(m, kept, u)].token;
+}
+
+/* Draw a token from logits z (V), which are overwritten; *logp becomes its log-probability in the
+ * plain distribution at this temperature (1 if greedy), whatever top_p. kept (V), c (V): scratch. */
+ALONE long draw(long V, float *z, float temperature, float top_p, float u, float *kept,
+                 Candidate *c, float *logp) {
+    float divisor = temperature == 0 ? 1.0f : temperature, top = -INFINITY, sum = 0;
+    long token = argmax(V, z);
+#pragma omp simd reduction(max : top)
+    for (long v = 0; v < V; v++) {
+        z[v] /= divisor;
+        top = z[v] > top ? z[v] : top;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (long v = 0; v < V; v++) sum += z[v] = exp_fast(z[v] - top);
+    float part = 1.0f / sum;
+#pragma omp simd
+    for (long v = 0; v < V; v++) z[v] *= part;
+    if (temperature > 0) token = top_p < 1 ? nucleus(V, z, top_p, u, kept, c) : invert(V, z, u);
+    *logp = logf(z[token]);
+    return token;
+}
+
+/* ---------------------------------------------------------------------------- generation */
+
+/* Everything that the threads share. */
+typedef struct {
+    const Shape *s;
+    const Layer *layers;
+    const Packed *packed;
+    const float *final_norm, *embeddings; /* (D), (V, D) */
+    const float *head;                    /* panels of output.weight^T (D, V) */
+    const float *cos, *sin;               /* (longest row, hd/2) */
+    long B, context, max_new;
+    const int64_t *prompts, *starts;      /* prompt b: prompts[starts[b]..starts[b + 1]) */
+    const int64_t *row_ids;               /* (B) */
+    float temperature, top_p;
+    int64_t seed, stop;                   /* stop: -1 for none */
+    int64_t *tokens, *counts;             /* (B, max_new), (B): out */
+    float *logps;                         /* (B, max_new): out */
+    int failed;
+} Rollout;
+
+/* One living row of a thread. */
+typedef struct {
+    long b, position, limit; /* where its next token goes; where it must end */
+    int64_t token;           /* the last one drawn */
+    Keys *keys;              /* (L): its cache */
+} Row;
+
+/* Buffers of one thread for M rows at a time. */
+typedef struct {
+    float *x, *n, *qkv, *out, *gu, *act, *logits; /* (M, D), (M, D), ... as in block.h; (M, V) */
+    float *z, *log_sum;                           /* one row's scores: (group, width), (group) */
+    float *kept;
+    Candidate *candidates;
+} Step;
+
+static Step step_buffers(const Shape *s, long M, long room, Pool *pool) {
+    Step w;
+    long D = s->dim, V = s->vocab_size, group = s->n_heads / s->n_kv_heads;
+    w.x = grab(pool, M * D), w.n = grab(pool, M * D), w.qkv = grab(pool, M * qkv_dim(s));
+    w.out = grab(pool, M * D), w.gu = grab(pool, M * 2 * s->hidden_dim);
+    w.act = grab(pool, M * s->hidden_dim), w.logits = grab(pool, M * V);
+    w.z = grab(pool, group * scores_width(room)), w.log_sum = grab(pool, group);
+    w.kept = grab(pool, V);
+    w.candidates = (Candidate *)grab(pool, V * (long)(sizeof(Candidate) / sizeof(float)));
+    return w;
+}
+
+/* Write one token's key and value, qkv (D + 2 KV hd), at its place in the cache. */
+static void append_key(const Shape *s, const float *qkv, long position, const Keys *c) {
+    long hd = head_dim(s);
+    for (long j = 0; j < s->n_kv_heads; j++) {
+        const float *k = qkv + s->dim + j * hd, *v = k + s->n_kv_heads * hd;
+        float *k_t = keys_of(s, c, j) + position / NR * hd * NR + position % NR;
+        float *to = values_of(s, c, j) + position * NR;
+        for (long i = 0; i < hd; i++) {
+            k_t[i * NR] = k[i];
+            to[i / NR * c->room * NR + i % NR] = v[i];
+        }
+    }
+}
+
+/* Attention of one new token over its row's cache: qkv (D + 2 KV hd) -> out (D). */
+static void attend(const Shape *s, const float *qkv, long position, const Keys *c, float *out,
+                   const Step *w) {
+    long hd = head_dim(s), group = s->n_heads / s->n_kv_heads, ld = scores_width(c->room);
+    Span span = {0, position + 1, NULL};
+    for (long j = 0; j < s->n_kv_heads; j++) {
+        long at = j * group * hd;
+        gemm(group, span.to, hd, rows_of(qkv + at, hd), keys_of(s, c, j), hd * NR, w->z, ld, NULL,
+             0);
+        softmax_rows(group, w->z, ld, position, span, 1.0f / sqrtf((float)hd), w->log_sum);
+        gemm(group, hd, span.to, rows_of(w->z, ld), values_of(s, c, j), c->room * NR, out + at,
+             hd, NULL, 0);
+    }
+}
+
+/* All layers for the last token of M rows: w->x (M, D), embedded, becomes the trunk's output. */
+static void step(const Rollout *g, long M, Row *const *rows, const Step *w) {
+    const Shape *s = g->s;
+    long D = s->dim, E = qkv_dim(s), F = s->hidden_dim, hd = head_dim(s);
+    for (long l = 0; l < s->n_layers; l++) {
+        const Layer *y = g->layers + l;
+        const Packed *p = g->packed + l;
+        rmsnorm(M, D, w->x, y->attention_norm, s->norm_eps, w->n, NULL);
+        gemm(M, E, D, rows_of(w->n, D), p->qkv, D * NR, w->qkv, E, NULL, 0);
+        for (long m = 0; m < M; m++) {
+            long at = rows[m]->position - 1;
+            rotate(s->n_heads + s->n_kv_heads, hd, w->qkv + m * E, g->cos + at * hd / 2,
+                   g->sin + at * hd / 2, 1);
+            append_key(s, w->qkv + m * E, at, rows[m]->keys + l);
+            attend(s, w->qkv + m * E, at, rows[m]->keys + l, w->out + m * D, w);
+        }
+        gemm(M, D, D, rows_of(w->out, D), p->o, D * NR, w->x, D, w->x, D);
+        rmsnorm(M, D, w->x, y->ffn_norm, s->norm_eps, w->n, NULL);
+        gemm(M, 2 * F, D, rows_of(w->n, D), p->gu, D * NR, w->gu, 2 * F, NULL, 0);
+        swiglu(M, F, w->gu, w->act);
+        gemm(M, D, F, rows_of(w->act, F), p->down, F * NR, w->x, D, w->x, D);
+    }
+}
+
+/* Draw the next token of M rows from w->x (M, D); rows that end leave the list. Returns how many
+ * live on. */
+static long draw_tokens(const Rollout *g, long M, Row **rows, const Step *w) {
+    const Shape *s = g->s;
+    long D = s->dim, V = s->vocab_size, live = 0;
+    rmsnorm(M, D, w->x, g->final_norm, s->norm_eps, w->n, NULL);
+    gemm(M, V, D, rows_of(w->n, D), g->head, D * NR, w->logits, V, NULL, 0);
+    for (long m = 0; m < M; m++) {
+        Row *r = rows[m];
+        float u = uniform(g->seed, g->row_ids[r->b], r->position);
+        long at = r->b * g->max_new + g->counts[r->b]++;
+        r->token = g->tokens[at] = draw(V, w->logits + m * V, g->temperature, g->top_p, u, w->kept,
+                                        w->candidates, g->logps + at);
+        r->position++;
+        if (r->position < r->limit && r->token != g->stop) rows[live++] = r;
+    }
+    return live;
+}
+
+/* Read the prompt of one row: fills its cache, leaves the trunk's output at its last token in
+ * x (D). a, f: buffers for the longest prompt. */
+static void read_prompt(const Rollout *g, const Row *r, Saved a, Forward f, float *x) {
+    const Shape *s = g->s;
+    long D = s->dim, T = r->position;
+    for (long t = 0; t < T; t++)
+        memcpy(a.x + t * D, g->embeddings + g->prompts[g->starts[r->b] + t] * D,
+               (size_t)D * sizeof(float));
+    for (long l = 0; l < s->n_layers; l++) {
+        f.keys = r->keys[l];
+        block_forward(s, T, g->layers + l, g->packed + l, g->cos, g->sin, NULL, &f, a, a.x);
+    }
+    memcpy(x, a.x + (T - 1) * D, (size_t)D * sizeof(float));
+}
+
+/* Every n_threads-th row, from prompt to end. */
+static void rollout_job(void *task, int thread, int n_threads) {
+    Rollout *g = task;
+    const Shape *s = g->s;
+    long most = (g->B + n_threads - 1) / n_threads, M = 0, longest = 1, total = 0, reach = 1;
+    Pool pool = {.n = 0};
+    Row *all = (Row *)grab(&pool, most * (long)(sizeof(Row) / sizeof(float)));
+    Row **rows = (Row **)grab(&pool, most * (long)(sizeof(Row *) / sizeof(float)));
+    Keys *keys = (Keys *)grab(&pool, most * s->n_layers * (long)(sizeof(Keys) / sizeof(float)));
+    for (long b = thread; b < g->B && !pool.failed; b += n_threads) {
+        long length = g->starts[b + 1] - g->starts[b];
+        long limit = at_most(length + g->max_new, g->context), room = round_up(limit, NR);
+        all[M] = (Row){b, length, limit, 0, keys + M * s->n_layers};
+        for (long l = 0; l < s->n_layers; l++) all[M].keys[l].room = room;
+        longest = length > longest ? length : longest;
+        reach = room > reach ? room : reach;
+        total += 2 * s->n_layers * keys_size(s, room);
+        rows[M] = all + M;
+        M++;
+    }
+    float *cache = grab(&pool, total), *saved = grab(&pool, saved_per_layer(s, longest));
+    Saved a = saved_at(s, longest, saved, 0);
+    Forward f = forward_buffers(s, longest, &pool);
+    Step w = step_buffers(s, most, reach, &pool);
+    if (pool.failed) g->failed = 1;
+    for (long m = 0; m < M && !pool.failed; m++) {
+        for (long l = 0; l < s->n_layers; l++) {
+            Keys *k = rows[m]->keys + l;
+            k->k_t = cache, k->v = cache + keys_size(s, k->room);
+            cache += 2 * keys_size(s, k->room);
+        }
+        read_prompt(g, rows[m], a, f, w.x + m * s->dim);
+    }
+    if (pool.failed || g->max_new == 0) M = 0;
+    while (M && (M = draw_tokens(g, M, rows, &w))) {
+        for (long m = 0; m < M; m++)
+            memcpy(w.x + m * s->dim, g->embeddings + rows[m]->token * s->dim,
+                   (size_t)s->dim * sizeof(float));
+        step(g, M, rows, &w);
+    }
+    release(&pool);
+}
+
+/* Panels of output.weight^T, in shares. */
+typedef struct {
+    long D, V;
+    const float *w; /* (V, D) */
+    float *out;
+} HeadPacking;
+
+static void pack_head(void *task, int thread, int n_threads) {
+    HeadPacking *p = task;
+    long share = round_up((p->V + n_threads - 1) / n_threads, NR), v = thread * share;
+    if (v < p->V)
+        pack_transposed(p->D, at_most(share, p->V - v), p->w + v * p->D, p->D, p->out + v * p->D,
+                        p->D * NR);
+}
+
+/* Answer B prompts (see Rollout for the arguments). weights: as in trunk_forward, then embeddings
+ * and output.weight. A prompt has 1 to context - 1 tokens, all in the vocabulary. Returns 0, or -1
+ * when memory is short. */
+int rollout(const Shape *s, const float *const *weights, const float *cos, const float *sin,
+            long B, long context, long max_new, const int64_t *prompts, const int64_t *starts,
+            const int64_t *row_ids, float temperature, float top_p, long seed, long stop,
+            int64_t *tokens, float *logps, int64_t *counts, int n_threads) {
+    Pool pool = {.n = 0};
+    const Layer *layers = (const Layer *)weights;
+    const float *const *last = weights + 9 * s->n_layers;
+    HeadPacking head = {s->dim, s->vocab_size, last[2],
+                        grab(&pool, panels(s->dim, s->vocab_size))};
+    Packed *packed = pack_weights(s, layers, 0, n_threads, &pool);
+    Rollout g = {s, layers, packed, last[0], last[1], head.out, cos, sin, B, context, max_new,
+                 prompts, starts, row_ids, temperature, top_p, seed, stop, tokens, counts, logps,
+                 pool.failed};
+    if (!g.failed) {
+        in_threads(pack_head, &head, n_threads);
+        in_threads(rollout_job, &g, n_threads);
+    }
+    release(&pool);
+    return g.failed ? -1 : 0;
+}

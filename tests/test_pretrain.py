@@ -1,0 +1,308 @@
+"""What pretraining promises: the right loss, schedule and batches, an exact resume, clear errors."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model as M
+import pretrain
+import scale
+from pretrain import Config, batch_at, learning_rate, main, next_token_loss, split_at_byte
+
+ROOT = Path(__file__).parent.parent
+ONE = scale.World(torch.device("cpu"))
+TEXT = " ".join(f"the {a} {b} saw {c} birds near the {d}." for a in ("red", "blue", "old")
+                for b in ("fox", "cow", "hen", "dog") for c in range(10, 40) for d in ("mill", "sea"))
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def tiny(book, out, **changes) -> Config:
+    return Config(**{"data": str(book), "out": str(out), "vocab_size": 300, "tokens": 12 * 4 * 32,
+                     "batch_size": 4, "micro_batch": 4, "seq_len": 32, "evaluate_every": 6,
+                     "save_every": 4, "log_every": 1, "kernels": "torch", **changes})
+
+
+def losses(out) -> list[str]:
+    rows = [json.loads(line) for line in (Path(out) / "pretrain.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"].hex(), r.get("val_loss", 0.0).hex()) for r in rows]
+
+
+def small_model(seed=0):
+    return M.Llama(M.ModelConfig(24, 2, 6, 2, 40, 50, 64)).init_weights(seed)
+
+
+# ---- the loss and the schedule
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
+    model, tokens = small_model(), torch.randint(0, 50, (3, 11))
+    logits = model(tokens[:, :-1])
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert torch.allclose(next_token_loss(model, tokens), want, atol=1e-6)
+
+
+def test_warm_up_is_linear_the_peak_is_reached_and_a_tenth_is_left_at_the_end():
+    """10 warm-up steps to 1.0: step 0 gives .1, step 9 gives 1; halfway of the cosine .55."""
+    rate = [learning_rate(s, 110, 1.0, 10) for s in range(111)]
+    assert rate[0] == pytest.approx(0.1) and rate[9] == rate[10] == pytest.approx(1.0)
+    assert rate[60] == pytest.approx(0.55) and rate[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
+
+
+def test_learning_rates_of_the_paper_stand_in_the_table():
+    """Table 1: 3e-4 for 7b and 13b, 1.5e-4 for 34b and 70b; every preset has one."""
+    assert [pretrain.LEARNING_RATE[m] for m in ("7b", "13b", "34b", "70b")] == [3e-4, 3e-4,
+                                                                               1.5e-4, 1.5e-4]
+    assert pretrain.LEARNING_RATE.keys() == M.PRESETS.keys()
+
+
+def test_decay_acts_on_matrices_only_with_the_papers_betas_and_eps():
+    groups = M.adamw(small_model(), 1e-3, 0.1).param_groups
+    assert {(g["weight_decay"], *{p.dim() for p in g["params"]}) for g in groups} == {(0.1, 2),
+                                                                                    (0.0, 1)}
+    assert all(g["betas"] == (0.9, 0.95) and g["eps"] == 1e-5 for g in groups)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 6])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(micro):
+    rows, cfg = torch.randint(0, 50, (6, 9)), Config(micro_batch=micro, clip=1e9)
+    whole, pieces = small_model(), small_model()
+    next_token_loss(whole, rows).backward()
+    want = {n: p.grad for n, p in whole.named_parameters()}
+    norm = math.sqrt(sum(g.square().sum().item() for g in want.values()))
+    got = pretrain.train_step(pieces, torch.optim.SGD(pieces.parameters(), lr=1.0), rows, 1.0, cfg,
+                              ONE)
+    assert got[1] == pytest.approx(norm, rel=1e-4)
+    start = dict(small_model().named_parameters())
+    for name, p in pieces.named_parameters():
+        assert torch.allclose(start[name] - p, want[name], atol=1e-5), name
+
+
+def test_gradients_are_clipped_to_the_norm():
+    rows, model = torch.randint(0, 50, (6, 9)), small_model()
+    start = [p.clone() for p in model.parameters()]
+    pretrain.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), rows, 1.0,
+                        Config(clip=0.01), ONE)
+    moved = math.sqrt(sum((a - b).square().sum().item() for a, b in
+                          zip(start, model.parameters())))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_non_finite_loss_stops_with_the_numbers_and_writes_no_checkpoint(book, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss .*gradient norm .*--lr"):
+        main(tiny(book, tmp_path / "o", lr=1e30))
+    assert not (tmp_path / "o" / "pretrain.pt").exists()
+
+
+# ---- the batches
+
+def test_an_epoch_visits_every_sequence_once_and_the_next_in_another_order():
+    stream, cfg = np.arange(12 * 8 + 1), Config(seq_len=8, batch_size=4)
+    firsts = [batch_at(s, stream, cfg, ONE)[:, 0].tolist() for s in range(6)]
+    one, two = sum(firsts[:3], []), sum(firsts[3:], [])
+    assert sorted(one) == sorted(two) == list(range(0, 96, 8)) and one != two
+
+
+def test_a_row_is_a_stretch_of_the_stream_with_one_token_more_than_the_sequence():
+    row = batch_at(0, np.arange(100), Config(seq_len=8, batch_size=4), ONE)[0]
+    assert row.dtype == torch.int64 and row.diff().eq(1).all() and len(row) == 9
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+def test_the_global_batch_is_the_same_on_any_number_of_ranks(dp):
+    stream, cfg = np.arange(500), Config(seq_len=8, batch_size=8)
+    parts = [batch_at(3, stream, cfg, scale.World(torch.device("cpu"), rank=r, size=dp))
+             for r in range(dp)]
+    together = {tuple(row) for part in parts for row in part.tolist()}
+    assert together == {tuple(row) for row in batch_at(3, stream, cfg, ONE).tolist()}
+
+
+def test_the_text_is_cut_at_a_byte_without_losing_a_character():
+    texts = ["añb" * 5, "ü" * 20, "c" * 9]
+    for share in (0.0, 0.3, 0.5, 0.77, 1.0):
+        head, tail = split_at_byte(texts, share)
+        assert "".join(head + tail) == "".join(texts)
+        assert abs(len("".join(head).encode()) - share * 69) <= 2
+
+
+def test_validation_counts_every_token_once_and_every_byte():
+    model, cfg = small_model(), Config(seq_len=8, micro_batch=3)
+    val = np.random.default_rng(0).integers(0, 50, 30).astype(np.uint16)
+    corpus = pretrain.Corpus(None, val, val, 100, "x")
+    nats, bits = pretrain.validate(model, corpus, cfg, torch.device("cpu"))
+    total = 0.0
+    for start in range(0, 29, 8):  # sequences of 8, the last one shorter
+        part = torch.from_numpy(val[start:start + 9].astype(np.int64))[None]
+        total += next_token_loss(model, part).item() * (part.shape[1] - 1)
+    assert nats == pytest.approx(total / 29, rel=1e-5)
+    assert bits == pytest.approx(total / math.log(2) / 100, rel=1e-5)
+
+
+def test_flops_per_token_of_7b_at_4096_are_those_of_the_convention():
+    """6 (N - V D - (2L+1) D) + 12 L D T by hand, N of the paper's model."""
+    want = 6 * (6_738_415_616 - 32000 * 4096 - 65 * 4096) + 12 * 32 * 4096 * 4096
+    assert pretrain.flops_per_token(M.PRESETS["7b"], 4096) == want
+
+
+# ---- the whole stage
+
+def test_the_stage_learns_and_leaves_checkpoint_log_figure_and_summary(book, tmp_path, capsys):
+    final = main(tiny(book, tmp_path, tokens=60 * 4 * 32))
+    rows = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
+    assert abs(rows[0]["loss"] - math.log(300)) < 0.2 and rows[-1]["loss"] < 4.0
+    assert [r["step"] for r in rows] == list(range(1, 61))
+    model, info = M.load(tmp_path / "pretrain.pt", "cpu")
+    assert info["stage"] == "pretrain" and info["metrics"]["val_loss"] == final["val_loss"]
+    assert model.config.vocab_size == data.Tokenizer(info["tokenizer"]).vocab_size == 300
+    assert (tmp_path / "figures" / "pretrain.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "summary.json").read_text())["pretrain"] == final
+    assert not (tmp_path / "pretrain.state.pt").exists()
+    assert "next: python sft.py" in capsys.readouterr().out
+
+
+def test_on_the_tiny_world_it_reports_facts_and_grammar(tmp_path):
+    final = main(Config(out=str(tmp_path), tokens=2048, batch_size=4, micro_batch=4, seq_len=128,
+                        vocab_size=600, kernels="torch"))
+    assert {"facts_asked", "facts_never_asked", "grammar"} <= final.keys()
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(book, tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        main(tiny(book, tmp_path / out, seed=seed))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_resume_after_a_stop_is_bit_exact(book, tmp_path, monkeypatch):
+    """12 steps, saved every 4, stopped in step 7: the lines and the weights are the same bits."""
+    main(tiny(book, tmp_path / "whole"))
+    real, calls = pretrain.train_step, []
+
+    def stop_at_seven(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(pretrain, "train_step", stop_at_seven)
+    with pytest.raises(KeyboardInterrupt):
+        main(tiny(book, tmp_path / "cut"))
+    monkeypatch.setattr(pretrain, "train_step", real)
+    main(tiny(book, tmp_path / "cut", resume=True))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = (M.load(tmp_path / o / "pretrain.pt", "cpu")[0] for o in ("whole", "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
+
+
+def test_resume_without_a_state_starts_afresh(book, tmp_path):
+    main(tiny(book, tmp_path / "a"))
+    main(tiny(book, tmp_path / "b", resume=True))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_resume_refuses_other_flags_and_names_the_old_ones(book, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "evaluate", lambda *a: 1 / 0)  # step 6: after the save at 4
+    with pytest.raises(ZeroDivisionError):
+        main(tiny(book, tmp_path))
+    with pytest.raises(ValueError, match="--batch-size 4.*same flags"):
+        main(tiny(book, tmp_path, batch_size=2, tokens=12 * 2 * 32, resume=True))
+
+
+def test_minutes_become_steps_by_a_timed_step(monkeypatch):
+    """A step takes 2 s on this clock and 9 s are spent: 0.9 * 60 s - 9 s = 45 s are 22 steps."""
+    ticks = iter(range(0, 1000, 2))
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(pretrain.time, "time", lambda: 1009.0)
+    cfg = Config(minutes=1, seq_len=8, batch_size=4)
+    model = small_model()
+    assert pretrain.count_steps(cfg, model, np.arange(49), ONE, began=1000.0) == 22
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_sigkill_in_the_middle_of_a_write_loses_nothing(book, tmp_path):
+    """A run killed while it writes its state, then resumed, logs the losses of a run left alone."""
+    main(tiny(book, tmp_path / "whole"))
+    out = tmp_path / "killed"
+    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); import torch, model as M\n"
+            "torch.set_num_threads(1)\n"
+            "import pretrain; real = os.fsync; n = [0]\n"
+            "def fsync(f):\n"
+            "    n[0] += 1\n"
+            "    if n[0] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"  # file written, not renamed
+            "    real(f)\n"
+            "os.fsync = fsync\n"
+            "pretrain.main(M.cli(pretrain.Config, sys.argv[2:]))\n")
+    cfg, flags = tiny(book, out), []
+    for name in ("data", "out", "vocab_size", "tokens", "batch_size", "micro_batch", "seq_len",
+                 "evaluate_every", "save_every", "log_every", "kernels"):
+        flags += ["--" + name.replace("_", "-"), str(getattr(cfg, name))]
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), *flags], capture_output=True,
+                          timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    assert list(out.glob("*.tmp")), "the kill did not fall into a write"
+    main(tiny(book, out, resume=True))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+# ---- what a user gets wrong
+
+@pytest.mark.parametrize("flags, says", [
+    (["--model", "tyni"], "did you mean tiny"),
+    (["--lr", "fast"], "invalid float value: 'fast'"),
+    (["--batchsize", "4"], "did you mean --batch-size"),
+    (["--seq-len", "4096"], "context of tiny is 512"),
+    (["--batch-size", "0"], "give 1 or more"),
+    (["--data", "nowhere.txt"], "nowhere.txt"),
+    (["--tokenizer", "none.model"], "none.model"),
+    (["--tp", "2"], "torchrun"),
+])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path / "o"), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        M.run(main, Config)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and says in lines[0], lines
+    assert not (tmp_path / "o").exists(), "a refused run must leave nothing behind"
+
+
+def test_the_script_itself_exits_with_2_and_without_a_traceback(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), "--data", "nowhere.txt",
+                           "--out", str(tmp_path / "o")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere.txt" in done.stderr
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("empty.txt", b"", "empty"),
+    ("binary.txt", bytes(range(256)) * 9, "binary.txt"),
+    ("small.txt", b"too little", "vocab_size"),
+    ("rows.jsonl", b'{"text": "fine"}\n{"text": 3}\n', "rows.jsonl:2"),
+    ("rows.jsonl", b'{"text": "fine"}\n{"text": \n', "rows.jsonl:2"),
+])
+def test_bad_text_is_named_by_file_and_line(name, content, says, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        main(tiny(tmp_path / name, tmp_path / "o"))
+    assert not (tmp_path / "o" / "pretrain.pt").exists()
+
+
+def test_no_knob_is_dead():
+    """Every field of Config is read somewhere in the file, and every one has a comment."""
+    source = (ROOT / "pretrain.py").read_text()
+    for name in Config.__dataclass_fields__:
+        assert f"cfg.{name}" in source or name in M.FREE_FLAGS and f'"{name}"' in source, name
+        assert M._field_comments(Config)[name], name

@@ -1,0 +1,447 @@
+"""What reward.py promises: the paper's loss, the score of the EOS, clean splits, an exact resume.
+
+Most tests use a toy: 40 words, 12,000 parameters, and people who like polite answers, the more
+"please" the better.
+"""
+import functools
+import gzip
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+import kernels
+import model as M
+import reward
+import scale
+from reward import Config, calibrate, margin_of, ranking_loss, safety_loss
+
+WORDS = "bring me some bread soup water wine now please I will not yes no here it is for you".split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> data.Tokenizer:
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=12)) + " [INST] [/INST]" for _ in range(300)]
+    return data.Tokenizer(data.train_tokenizer(texts, 340))
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer) -> M.Llama:
+    """An untrained network of 2 layers with a head over the vocabulary."""
+    config = M.ModelConfig(dim=24, n_layers=2, n_heads=3, n_kv_heads=1, hidden_dim=28,
+                           vocab_size=tokenizer.vocab_size, max_seq_len=64)
+    return M.Llama(config).init_weights(1)
+
+
+@pytest.fixture
+def folder(tmp_path, chat, tokenizer):
+    """An output folder in which `python sft.py` has been."""
+    M.save(tmp_path / "sft.pt", chat, "sft", tokenizer.model_bytes)
+    return tmp_path
+
+
+def dialog(prompt: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def comparison(i: int, rated=True, **more) -> dict:
+    """Row i of a preference file: of two answers people choose the one with more "please"."""
+    rng = random.Random(i)
+    prompt = " ".join(rng.choices(WORDS[:9], k=4)) + f" {i}"
+    few, many = sorted(rng.sample(range(4), 2))
+    rating = {"rating": reward.data.RATINGS[3 - (many - few)]} if rated else {}
+    return {"chosen": dialog(prompt, "here it is" + " please" * many),
+            "rejected": dialog(prompt, "here it is" + " please" * few), **rating, **more}
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def row(**fields) -> dict:
+    """A comparison as data.read_preferences returns it."""
+    return {"prompt": [{"role": "user", "content": "bread"}], "chosen": "yes", "rejected": "no",
+            "rating": None, "margin": None, "chosen_safe": None, "rejected_safe": None, **fields}
+
+
+def pair(chosen, rejected, margin=0.0, safe=(-1, -1), rating=None) -> reward.Pair:
+    return reward.Pair(chosen, rejected, 1, margin, safe, rating, row())
+
+
+def quick(folder, **flags) -> Config:
+    return Config(out=str(folder), kernels="torch", device="cpu", batch_size=4, micro_batch=4,
+                  **flags)
+
+
+# ------------------------------------------------------------------------------------ the losses
+
+
+@pytest.mark.parametrize("margin, nats", [(0, 0.6931), (1 / 3, 0.8736), (2 / 3, 1.0810),
+                                          (1, 1.3133), (2, 2.1269), (3, 3.0486)])
+def test_at_equal_scores_the_loss_is_ln_of_1_plus_e_to_the_margin(margin, nats):
+    """-log sigmoid(0 - m) = log(1 + e^m); all margins of the paper's Table 27."""
+    loss = ranking_loss(torch.tensor([5.0]), torch.tensor([5.0]), torch.tensor([margin]))
+    assert loss.item() == pytest.approx(nats, abs=5e-5)
+
+
+def test_a_number_added_to_both_scores_changes_nothing_and_a_margin_makes_it_harder():
+    chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25])
+    loss = [ranking_loss(chosen, rejected, torch.tensor(m)) for m in (0.0, 1.0)]
+    shifted = ranking_loss(chosen + 7, rejected + 7, torch.tensor(1.0))
+    assert torch.allclose(loss[1], shifted, atol=1e-6)
+    assert (loss[1] > loss[0]).all()
+
+
+def test_the_gradient_is_minus_one_half_where_the_gap_is_the_margin():
+    chosen = torch.tensor([2.0], requires_grad=True)
+    ranking_loss(chosen, torch.tensor([-1.0]), torch.tensor([3.0])).sum().backward()
+    assert chosen.grad.item() == pytest.approx(-0.5)
+
+
+def test_the_auxiliary_loss_is_cross_entropy_and_skips_answers_without_a_label():
+    """score ln 3: p(safe) = 3/4, so -ln(3/4) if safe and -ln(1/4) if unsafe."""
+    score = torch.full((3,), math.log(3))
+    loss = safety_loss(score, torch.tensor([1.0, 0.0, -1.0]))
+    assert loss.tolist() == pytest.approx([math.log(4 / 3), math.log(4), 0.0])
+
+
+@pytest.mark.parametrize("table, margins", [("none", (0, 0, 0, 0)), ("small", (1, 2 / 3, 1 / 3, 0)),
+                                            ("large", (3, 2, 1, 0))])
+def test_margins_are_those_of_table_27_and_0_for_negligibly_better(table, margins):
+    found = [margin_of(row(rating=rating), table) for rating in
+             ("significantly", "better", "slightly", "negligibly")]
+    assert found == pytest.approx(margins)
+
+
+def test_an_unrated_row_has_no_margin_and_a_written_one_wins():
+    assert margin_of(row(), "large") == 0
+    assert margin_of(row(margin=1.5, rating="negligibly"), "small") == 1.5
+    assert margin_of(row(margin=1.5), "none") == 0
+
+
+# ------------------------------------------------------------------------------------- the score
+
+
+def scalar(chat) -> M.Llama:
+    return reward.with_scalar_head(chat, seed=0)
+
+
+def test_the_score_is_read_at_the_last_real_token(chat):
+    """The plain forward gives a score per position; the one at length - 1 counts, not the pad's."""
+    model, row = scalar(chat), [1, 5, 9, 30, 2]
+    everywhere = model(torch.tensor([row + [0, 0, 0]]))[0]  # (T,)
+    score = reward.end_scores(model, *reward.pad([row, row + [7, 8, 9]], "cpu"))[0]
+    assert score.item() == pytest.approx(everywhere[4].item(), abs=1e-6)
+    assert abs(everywhere[4] - everywhere[7]) > 1e-3
+
+
+def test_padding_and_neighbours_change_no_score(chat):
+    model, rng = scalar(chat), random.Random(0)
+    rows = [[1] + [rng.randrange(3, 300) for _ in range(n)] + [2] for n in (3, 40, 11, 25, 7)]
+    alone = [reward.scores(model, [r]).item() for r in rows]
+    assert reward.scores(model, rows, rows_at_once=3).tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_dialogues_end_with_eos_and_differ_only_behind_the_prompt(tokenizer):
+    [p] = reward.encode([row(chosen="yes please", rejected="no")], tokenizer, "small", 64)
+    assert p.chosen[-1] == p.rejected[-1] == tokenizer.eos_id
+    assert p.chosen[:p.prompt] == p.rejected[:p.prompt]
+    assert tokenizer.decode(p.chosen[p.prompt:]).strip() == "yes please"
+
+
+def test_before_training_all_scores_are_near_zero_and_the_trunk_is_the_chat_models(chat):
+    model = scalar(chat)
+    assert reward.scores(model, [[1, 4, 2], [1, 200, 33, 2]]).abs().max() < 0.5
+    assert model.output.weight.shape == (1, 24)
+    assert torch.equal(model.layers[1].attention.wq.weight, chat.layers[1].attention.wq.weight)
+    assert len(reward.with_scalar_head(chat, 0, layers=1).layers) == 1
+
+
+# ------------------------------------------------------------------------------------- the rows
+
+
+def test_an_unsafe_answer_preferred_to_a_safe_one_is_left_out(tmp_path):
+    rows = [comparison(i, chosen_safe=a, rejected_safe=b) for i, (a, b) in enumerate(
+        [(True, False), (True, True), (False, False), (False, True)] * 10)]
+    both = reward.read_comparisons(Config(data=write(tmp_path / "a.jsonl", rows)))
+    labels = {(r["chosen_safe"], r["rejected_safe"]) for part in both for r in part}
+    assert labels == {(True, False), (True, True), (False, False)}
+
+
+def test_without_test_files_dialogues_are_held_out_with_their_siblings(tmp_path):
+    """Rows with one opening, at their first and second turn, stand on one side together."""
+    rows = [comparison(i) for i in range(30)]
+    for r in list(rows):
+        opening = r["chosen"][0]["content"]
+        turns = dialog(opening, "yes")
+        rows.append({side: turns + dialog("and wine", answer) for side, answer in
+                     (("chosen", "here please"), ("rejected", "no"))})
+    train, test = reward.read_comparisons(Config(data=write(tmp_path / "a.jsonl", rows)))
+    openings = [{r["prompt"][0]["content"] for r in part} for part in (train, test)]
+    assert len(test) == 6 and len(train) == 54 and not openings[0] & openings[1]
+
+
+def test_a_prompt_of_the_test_file_is_not_trained_on(tmp_path):
+    write(tmp_path / "mine.jsonl", [comparison(i) for i in range(20)])
+    write(tmp_path / "mine_test.jsonl", [comparison(i) for i in range(15, 25)])
+    train, test = reward.read_comparisons(Config(data=str(tmp_path)))
+    assert len(train) == 15 and len(test) == 10
+
+
+def test_the_mixes_are_those_of_the_paper_but_helpfulness_reads_no_unsafe_answer():
+    helpful, safe = [row() for _ in range(50)], [row(chosen_safe=True, rejected_safe=True)] * 20
+    unsafe = [row(chosen_safe=True, rejected_safe=False)] * 70
+    rows = helpful + safe + unsafe
+    assert reward.mix(rows, "helpful", 0).count(safe[0]) == 20
+    assert unsafe[0] not in reward.mix(rows, "helpful", 0)
+    for_safety = reward.mix(rows, "safety", 0)
+    assert len(for_safety) == 100 and for_safety.count(row()) == 10  # 90 to 10
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(rejected=dialog("another prompt", "no")), "a.jsonl:3: .*different prompts"),
+    (dict(rating="great"), "a.jsonl:3: \"rating\" is 'great', allowed: significantly"),
+    (dict(chosen="no transcript"), "a.jsonl:3: .*a transcript begins with"),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, change, words):
+    path = write(tmp_path / "a.jsonl", [comparison(0), comparison(1), comparison(2, **change)])
+    with pytest.raises(ValueError, match=words):
+        reward.read_comparisons(Config(data=path))
+
+
+def test_too_few_rows_say_what_is_missing(folder):
+    path = write(folder / "a.jsonl", [comparison(i) for i in range(30)])
+    with pytest.raises(ValueError, match="0 comparisons to train the safety model.*chosen_safe"):
+        reward.main(quick(folder, data=path, which="safety"))
+
+
+# ------------------------------------------------------------------------------- the evaluation
+
+
+@pytest.mark.parametrize("precision, low, high", [(1.0, 0.2, 0.3), (0.75, 0.5, 0.6), (0.7, 0.5, 0.6),
+                                                  (0.6, 0.6, 0.7)])
+def test_the_threshold_is_the_largest_that_is_precise_enough(precision, low, high):
+    """Answers by score, u unsafe: u.1 u.2 s.3 u.5 s.6 s.7; precision of the first n: 1, 1, 2/3,
+    3/4, 3/5, 1/2. In another order in the call, for the order must not matter."""
+    scores = torch.tensor([0.7, 0.1, 0.3, 0.2, 0.5, 0.6])
+    unsafe = torch.tensor([False, True, False, True, True, False])
+    assert low < calibrate(scores, unsafe, precision) < high
+
+
+def test_no_threshold_is_precise_enough_then_nothing_lies_below_it():
+    scores = torch.tensor([0.3, 0.1, 0.2])
+    threshold = calibrate(scores, torch.tensor([True, False, True]), 0.9)
+    assert not (scores < threshold).any()
+
+
+def test_a_threshold_never_stands_between_equal_scores():
+    """u.1 and s.1 fall on the same side: at precision 1 nothing can be found."""
+    scores = torch.tensor([0.1, 0.1, 0.4])
+    assert not (scores < calibrate(scores, torch.tensor([True, False, False]), 1.0)).any()
+
+
+def test_the_gate_never_fires_above_one_half():
+    """Perfect scores: precision .89 would reach among the safe answers."""
+    r, unsafe = torch.tensor([-3.0] * 9 + [2.0, 3.0]), torch.tensor([True] * 9 + [False] * 2)
+    found = reward.detection(r, unsafe)
+    assert found["threshold"] == 0.5 and found["unsafe_found_below"]["threshold"] == [1.0, 1.0]
+
+
+def test_accuracy_is_counted_by_rating_and_by_safety_and_ties_count_half():
+    pairs = [pair([1], [1], rating="better", safe=(1, 0)), pair([1], [1], rating="better"),
+             pair([1], [1], rating="negligibly")]
+    found = reward.by_group(torch.tensor([1.0, -1.0, 0.0]), pairs)
+    assert found == {"all": [0.5, 3], "better": [0.5, 2], "negligibly": [0.5, 1],
+                     "safe over unsafe": [1.0, 1]}
+
+
+def test_length_bias_compares_the_model_with_people():
+    """Chosen 3 and 2 tokens, rejected 1 and 4: people take the longer one once, the model twice."""
+    pairs = [pair([9] * 4, [9] * 2), pair([9] * 3, [9] * 5)]
+    r = torch.tensor([2.0, 0.0, 0.0, 3.0])  # both chosen, then both rejected
+    found = reward.length_bias(r, r[:2] - r[2:], pairs)
+    assert found["longer_wins"] == {"people": 0.5, "model": 1.0}
+    assert found["length_correlation"] > 0.8
+
+
+# ------------------------------------------------------------------------------------ the stage
+
+
+def test_the_learning_rate_warms_up_5_steps_and_ends_at_a_tenth():
+    rates = [reward.learning_rate(step, 100, 1.0) for step in range(101)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0]) and rates[100] == \
+        pytest.approx(0.1)
+    assert reward.learning_rate(29, 1000, 1.0) == 1.0 > reward.learning_rate(28, 1000, 1.0)  # 3%
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(chat, tokenizer):
+    rows = [row(chosen="please " * (i + 1), rejected="no", chosen_safe=True, rejected_safe=i % 2 == 0,
+                rating="better") for i in range(4)]
+    batch, norms = reward.encode(rows, tokenizer, "small", 64), []
+    for micro in (1, 4):
+        model, cfg = scalar(chat), Config(micro_batch=micro)
+        optimizer = M.adamw(model, 0.0, 0.1)
+        world = scale.World(torch.device("cpu"))
+        norms.append(reward.train_step(model, optimizer, batch, 0.0, 0.7, cfg, world))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_the_auxiliary_loss_is_weighed_and_only_the_safety_model_has_it(chat, tokenizer):
+    """One pair at its start: gradient norm differs with the weight, loss and accuracy do not."""
+    batch = reward.encode([row(chosen_safe=True, rejected_safe=False)], tokenizer, "none", 64)
+    world, found = scale.World(torch.device("cpu")), []
+    for weight in (0.0, 1.0):
+        model = scalar(chat)
+        found.append(reward.train_step(model, M.adamw(model, 0.0, 0.1), batch, 0.0, weight,
+                                       Config(), world))
+    assert found[0]["loss"] == found[1]["loss"] and found[0]["grad_norm"] != found[1]["grad_norm"]
+    assert "aux_loss" not in found[0] and found[1]["aux_loss"] == pytest.approx(2 * math.log(2), 0.1)
+
+
+@functools.cache
+def transcripts() -> bytes:
+    """200 comparisons as Anthropic publishes them: .jsonl.gz, transcripts, no ratings."""
+    lines = []
+    for i in range(200):
+        sides = {side: "".join(f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: "
+                               f"{m['content']}" for m in messages)
+                 for side, messages in comparison(i, rated=False).items()}
+        lines.append(json.dumps(sides) + "\n")
+    return gzip.compress("".join(lines).encode())
+
+
+def test_transcripts_from_a_gz_file_are_learnt(folder):
+    """More "please" wins: a count that 40 steps of a tiny model learn well above chance."""
+    (folder / "hh.jsonl.gz").write_bytes(transcripts())
+    report = reward.main(quick(folder, data=str(folder / "hh.jsonl.gz"), lr=5e-3))["helpful"]
+    accuracy, count = report["accuracy"]["helpful"]["all"]
+    assert count == 20 and accuracy >= 0.8
+    model, info = M.load(folder / "reward_helpful.pt", "cpu")
+    assert model.config.scalar_head and info["stage"] == "reward_helpful"
+    assert info["metrics"]["accuracy"]["helpful"]["all"] == [accuracy, count]
+    assert not (folder / "reward_safety.pt").exists()  # no safety labels, no safety model
+    assert not (folder / "reward.state.pt").exists() and (folder / "figures/reward.png").exists()
+
+
+def labelled(folder) -> str:
+    """A file with both kinds of rows."""
+    rows = [comparison(i) for i in range(60)]
+    rows += [comparison(i, chosen_safe=True, rejected_safe=i % 2 == 0) for i in range(100, 160)]
+    return write(folder / "both.jsonl", rows)
+
+
+def no_figure(reports, out):
+    """Drawing takes longer than all the rest of a toy run."""
+    return out
+
+
+class Killed(Exception):
+    """Stands for a kill -9."""
+
+
+@pytest.mark.parametrize("kill_at", [3, 16, 20])
+def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder, monkeypatch, kill_at):
+    """Killed in the first model, between the two, and in the second."""
+    monkeypatch.setattr(reward, "draw", no_figure)
+    flags = dict(data=labelled(folder), lr=2e-3, save_every=2)
+    (folder / "whole").mkdir()
+    whole = quick(folder / "whole", checkpoint=str(folder / "sft.pt"), **flags)
+    reward.main(whole)
+    cfg, calls = quick(folder, checkpoint=str(folder / "sft.pt"), **flags), []
+    step = reward.train_step
+
+    def mortal(*arguments):
+        calls.append(1)
+        if len(calls) > kill_at:
+            raise Killed
+        return step(*arguments)
+
+    monkeypatch.setattr(reward, "train_step", mortal)
+    with pytest.raises(Killed):
+        reward.main(cfg)
+    monkeypatch.setattr(reward, "train_step", step)
+    reward.main(replace(cfg, resume=True))
+    for which in ("helpful", "safety"):
+        one, two = (M.load(path / f"reward_{which}.pt", "cpu") for path in (folder, folder / "whole"))
+        weights = one[0].state_dict(), two[0].state_dict()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        assert one[1]["metrics"] == two[1]["metrics"]
+    logs = [(path / "reward.jsonl").read_text() for path in (folder, folder / "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_resume_from_trains_existing_reward_models_on(folder, monkeypatch):
+    monkeypatch.setattr(reward, "draw", no_figure)
+    flags = dict(data=labelled(folder), lr=2e-3)
+    reward.main(quick(folder, **flags))
+    before = M.load(folder / "reward_safety.pt", "cpu")[0].state_dict()
+    fresh = write(folder / "fresh.jsonl", [comparison(i) for i in range(300, 340)])
+    (folder / "next").mkdir()
+    reward.main(quick(folder / "next", data=f"{flags['data']},{fresh}", resume_from=str(folder),
+                      lr=1e-12))
+    after = M.load(folder / "next" / "reward_safety.pt", "cpu")[0].state_dict()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_dry_run_and_importing_compute_nothing(folder, capsys):
+    assert reward.main(quick(folder, dry_run=True)) == {}
+    assert "parameters" in capsys.readouterr().out
+    assert sorted(p.name for p in folder.iterdir()) == ["sft.pt"]
+
+
+# ------------------------------------------------------------------------- the tiny world's part
+
+
+class Village:
+    """A stand-in for data.World: what compare needs of it."""
+
+    def refusal(self, rng):
+        return "I will not"
+
+
+def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
+        monkeypatch, tokenizer, chat, tmp_path):
+    """The sampler is replaced: each dialogue gets answers named after its two temperatures."""
+    jobs_seen = []
+
+    def sample(model, tokenizer, jobs, seed, world):
+        jobs_seen.extend(jobs)
+        return ["" if i % 10 == 0 else f"at {t}" for i, (_, t) in enumerate(jobs)]
+
+    class Annotator:
+        def __init__(self, village):
+            pass
+
+        def label(self, messages, a, b, rng, by):
+            return {"chosen": 1, "rating": "better", "safe": (False, True)}
+
+    monkeypatch.setattr(reward, "sample", sample)
+    monkeypatch.setattr(data, "Annotator", Annotator)
+    prompts = [[{"role": "user", "content": f"bread {i}"}] for i in range(200)]
+    for by in ("helpful", "safe"):
+        rows = reward.compare(chat, tokenizer, Village(), prompts, by, "0", None)
+        assert all(one[1] != two[1] for one, two in zip(jobs_seen[::2], jobs_seen[1::2]))
+        read = data.read_preferences(write(tmp_path / "rows.jsonl", rows))
+        assert len(read) == len(rows) and 150 < len(rows) < 180  # a fifth has an empty answer
+        refusals = sum(r["rejected"] == "I will not" for r in read)
+        assert 0.08 < refusals / len(rows) < 0.25  # CAUTIOUS, and chosen is always the second
+        labels = {(r["chosen_safe"], r["rejected_safe"]) for r in read}
+        assert labels == ({(True, False)} if by == "safe" else {(None, None)})
+
+
+def test_an_unfinished_answer_is_no_answer(chat, tokenizer, monkeypatch):
+    """A rollout whose rows end with EOS, and one that does not: the latter comes back empty."""
+    def rollout(model, prompts, *arguments, row_ids, **options):
+        done = tokenizer.encode("here it is", eos=True)
+        return [done if i % 2 else done[:-1] for i in row_ids], None
+
+    monkeypatch.setattr(kernels, "rollout", rollout)
+    jobs = [([{"role": "user", "content": "bread"}], t) for t in (0.5, 0.8, 1.1, 0.5)]
+    texts = reward.sample(chat, tokenizer, jobs, 0, scale.World(torch.device("cpu")))
+    assert texts == ["", "here it is", "", "here it is"]
