@@ -545,7 +545,7 @@ def write_meta(source: Source, out: Path, dtype: torch.dtype, shards: int) -> No
                 cut = dim is not None and shards > 1  # clone: a view would save the whole storage
                 mine = whole.chunk(shards, dim)[rank].clone() if cut else whole
                 part[lookup(name, META)] = mine.to(dtype).contiguous()
-            model._torch_save(part, folder / f"consolidated.{rank:02d}.pth")
+            model.write_torch_file(part, folder / f"consolidated.{rank:02d}.pth")
 
 
 def write_hf(source: Source, out: Path, dtype: torch.dtype) -> None:
@@ -753,6 +753,8 @@ def load(path, tokenizer=None, device="cpu", dtype=None) -> tuple[Llama, Tokeniz
 
 @dataclass
 class Config:
+    """One conversion; every field is a flag."""
+
     checkpoint: str = ""  # our file, a Meta or Hugging Face folder, or a llama2.c .bin
     to: Literal["own", "meta", "hf", "llama2c", "gguf"] = "own"  # the format to write
     out: str = ""  # new file (own, llama2c, gguf) or new folder (meta, hf)

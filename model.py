@@ -253,7 +253,9 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = c = config
-        self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
+        # from_pretrained: no random fill, which on the meta device would import torch's compiler (2 s)
+        table = torch.empty(c.vocab_size, c.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, 1 if c.scalar_head else c.vocab_size, bias=False)
@@ -487,7 +489,8 @@ def atomic_write(path, write) -> None:
         os.close(folder)
 
 
-def _torch_save(value, path) -> None:
+def write_torch_file(value, path) -> None:
+    """torch.save, atomically; OSError in one line when the disk refuses."""
     def write(f):
         try:
             torch.save(value, f)
@@ -506,7 +509,7 @@ def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None 
     """
     weights = model.state_dict() if weights is None else weights
     weights = {n: p.detach().to("cpu", dtype or p.dtype) for n, p in weights.items()}
-    _torch_save({"format": FORMAT, "stage": stage, "config": asdict(model.config),
+    write_torch_file({"format": FORMAT, "stage": stage, "config": asdict(model.config),
                  "weights": {n: w.contiguous() for n, w in weights.items()},
                  "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
                  "metrics": metrics or {}, "trained_on": trained_on}, path)
@@ -574,7 +577,7 @@ def assemble(config: ModelConfig, weights: dict[str, Tensor], source) -> Llama:
 
 def save_state(path, state: dict) -> None:
     """Write a running stage's resume state (weights, optimizer, RNG, step), atomically."""
-    _torch_save({"format": FORMAT, **state}, path)
+    write_torch_file({"format": FORMAT, **state}, path)
 
 
 def load_state(path) -> dict | None:

@@ -42,7 +42,7 @@ class Config:
     vocab_size: int = 0  # tokens; 0: the preset's; paper: 32000 (§2.2)
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of weights, world and order of the data
-    tokens: int = 2_000_000  # tokens to train on; paper: 2e12 (Table 1)
+    tokens: float = 2e6  # tokens to train on; paper: 2e12 (Table 1)
     minutes: float = 0  # if > 0: train this long instead, tokenizer and evaluation included
     batch_size: int = 8  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
     micro_batch: int = 16  # sequences per rank and forward pass; smaller needs less memory
@@ -224,15 +224,6 @@ def matmul_rate(device) -> float:
     return 2 * n**3 / best
 
 
-def flops_per_token(c: M.ModelConfig, seq_len: int) -> float:
-    """Training FLOPs per token: 6 per weight that multiplies, and 12 L D T for full attention.
-
-    Embedding look-ups and norm weights do no matrix work (the PaLM convention for attention).
-    """
-    multiplying = M.count_parameters(c) - c.vocab_size * c.dim - (2 * c.n_layers + 1) * c.dim
-    return 6 * multiplying + 12 * c.n_layers * c.dim * seq_len
-
-
 # ---------------------------------------------------------------------------------------- main
 
 
@@ -320,7 +311,8 @@ def main(cfg: Config) -> dict:
     began, out, shape = time.time(), Path(cfg.out), M.preset(cfg.model)
     check(cfg, shape)
     if cfg.dry_run:
-        print(scale.dry_run(shape, cfg.batch_size, cfg.seq_len, recompute=cfg.recompute))
+        print(scale.dry_run(shape, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute,
+                            cfg.tp, cfg.tokens, device=cfg.device))
         return {}
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))
@@ -337,7 +329,7 @@ def main(cfg: Config) -> dict:
     peak = cfg.lr or LEARNING_RATE[cfg.model]
     log = M.Log("pretrain", out, total, first if saved else None)
     introduce(cfg, config, corpus, total, first)
-    rate, flops = matmul_rate(world.device), flops_per_token(config, cfg.seq_len)
+    rate, flops = matmul_rate(world.device), scale.flops_per_token(config, cfg.seq_len)
     tick, counted = time.time(), 0  # for tokens/s between two log lines, evaluation left out
 
     for step in range(first, total):

@@ -29,8 +29,7 @@ those of a single process up to the order of summation (float32: 1e-6), not bit 
 
 from __future__ import annotations
 
-import atexit, contextlib, json, logging, math, os, random, shutil, sys, time, warnings
-import zlib
+import atexit, contextlib, copy, json, logging, math, os, random, shutil, sys, time, warnings, zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -187,8 +186,9 @@ def wrap(model: M.Llama, world: World, seed: int | None = None, recompute: bool 
     """Put a model on this process's device: whole, or its share of it.
 
     seed: draw all weights (a model built under `torch.device("meta")` costs nothing until then);
-    None keeps those it has, which must be the same on all ranks, e.g. a file they all map. The
-    optimizer is built after this, never before: it would hold the unsharded parameters.
+    None keeps those it has, which must be the same on all ranks, e.g. a file they all map. Half
+    precision becomes float32, each rank converting its share alone. The optimizer is built after
+    this, never before: it would hold the unsharded parameters.
     """
     for layer in model.layers:
         layer.recompute = recompute
@@ -205,7 +205,7 @@ def wrap(model: M.Llama, world: World, seed: int | None = None, recompute: bool 
         model.init_weights(seed)
     elif seed is not None:
         _init_shards(model, seed, world)
-    return model
+    return model.to(M.at_least_float32(model.norm.weight.dtype))
 
 
 def parallelize(model: M.Llama, world: World, dtype: torch.dtype | None) -> None:
@@ -754,26 +754,35 @@ def permuted(index: np.ndarray, count: int, seed: int, epoch: int = 0) -> np.nda
 class TokenStream:
     """Token shards on disk as one long array: len(stream), stream[a:b]; loads only what is read.
 
-    sources: folders made by `tokenise`, with the weight of each in the mixture: {"wiki": 2.5,
-    "web": 1} reads wiki two and a half times per epoch [L2 §2.1: factual sources up-sampled].
+    sources: folders made by `tokenise`, each with its weight in the mixture: "wiki=2.5,web" reads
+    wiki two and a half times per epoch and web once [L2 §2.1: factual sources are up-sampled].
+    .tokenizer: bytes of the SentencePiece model. ValueError if the folders' tokenizers differ.
     """
 
-    def __init__(self, sources: dict[str, float]):
+    def __init__(self, sources: str):
         self.parts, tokenizers = [], set()
-        for folder, weight in sources.items():
+        for source in sources.split(","):
+            folder, _, weight = source.partition("=")
+            passes, rest = divmod(float(weight or 1), 1)
             info = read_manifest(Path(folder))
-            tokenizers.add(info["tokenizer"])
+            tokenizers.add((Path(folder) / "tokenizer.model").read_bytes())
             for name in info["files"]:
                 part = np.memmap(Path(folder) / name, info["dtype"], "r")
-                self.parts += [part] * int(weight)
-                self.parts += [part[:int(len(part) * (weight % 1))]] if weight % 1 else []
+                self.parts += [part] * int(passes) + [part[:int(len(part) * rest)]]
         if len(tokenizers) != 1:
-            raise ValueError(f"{', '.join(sources)} were made with different tokenizers: tokenise "
-                             f"them anew with one")
+            raise ValueError(f"{sources}: made with different tokenizers; tokenise all with one")
+        self.tokenizer = tokenizers.pop()
         self.ends = np.cumsum([len(part) for part in self.parts])
+        self.length = int(self.ends[-1])
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.length
+
+    def head(self, length: int) -> TokenStream:
+        """The first `length` tokens as a stream of their own: the rest is held out."""
+        shorter = copy.copy(self)
+        shorter.length = length
+        return shorter
 
     def __getitem__(self, span: slice) -> np.ndarray:
         start, stop, _ = span.indices(len(self))
@@ -825,6 +834,7 @@ def tokenise(cfg: Tokenise) -> None:
             raise ValueError(f"{out} holds shards of another text, tokenizer or size: choose "
                              f"another --out, or delete it")
     write_manifest(path, {**manifest, "files": []})
+    M.atomic_write(out / "tokenizer.model", lambda f: f.write(model))
     names, read, began = [], 0, time.time()
     with ProcessPoolExecutor(workers, initializer=_use_tokenizer, initargs=(model,)) as pool:
         waiting = deque()
@@ -839,7 +849,7 @@ def tokenise(cfg: Tokenise) -> None:
         for shard in waiting:
             shard.result()
     write_manifest(path, {**manifest, "files": names})
-    tokens = len(TokenStream({str(out): 1}))
+    tokens = len(TokenStream(str(out)))
     print(f"{out}: {tokens:,} tokens in {len(names)} shards, {read / tokens:.2f} characters per "
           f"token, {time.time() - began:.0f} s")
 

@@ -12,9 +12,11 @@ import ctypes, functools, hashlib, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("trunk.c", "head.c", "rollout.c")
+SOURCES = ("gemm.c", "layer.c", "attention.c", "weights.c", "block.c", "trunk.c", "head.c",
+           "rollout.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-         "-ffp-contract=fast", "-fopenmp-simd", "-pthread")  # -fopenmp-simd: pragmas, no threads
+         "-ffp-contract=fast", "-fopenmp-simd",  # simd pragmas only: no OpenMP threads
+         "-fvisibility=hidden", "-pthread")
 TARGETS = (("-march=native",), ("-mcpu=native",), ())  # the first that this compiler knows
 TIMEOUT = 120  # s, for a compiler that hangs
 

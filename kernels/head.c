@@ -11,7 +11,7 @@
  * The logits are computed again, a third more arithmetic against V times less memory. Threads own blocks
  * of the vocabulary: each row of dw has one writer; d_hidden is summed over threads at the end.
  */
-#include "gemm.h"
+#include "kernels.h"
 
 #define ROWS 192 /* rows of a tile of logits */
 #define COLS 128 /* columns, a multiple of every NR */
@@ -51,7 +51,7 @@ static void gather_job(void *task, int thread, int n_threads) {
 
 /* Take the logits of one row's block, z (cols) starting at token v, into its running maximum top
  * and sum = sum exp(z - top). */
-ALONE void take_in(float *z, long cols, float inverse, float *top, float *sum) {
+static ALONE void take_in(float *z, long cols, float inverse, float *top, float *sum) {
     float high = *top, more = 0;
 #pragma omp simd reduction(max : high)
     for (long j = 0; j < cols; j++) {
@@ -94,7 +94,7 @@ static void logprobs_job(void *task, int thread, int n_threads) {
 
 /* logp (N) and log_sum (N) of targets (N), given hidden (any, D) at rows (N), w (V, D). Returns 0,
  * or -1 when memory is short. */
-int head_forward(long N, long D, long V, const float *hidden, const int64_t *rows, const float *w,
+EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64_t *rows, const float *w,
                  const int64_t *targets, float temperature, float *logp, float *log_sum,
                  int n_threads) {
     Pool pool = {.n = 0};
@@ -113,7 +113,7 @@ int head_forward(long N, long D, long V, const float *hidden, const int64_t *row
 /* ------------------------------------------------------------------------------ backward */
 
 /* Logits of one row's block, z (cols), become their gradient; at: the target's column, if in it. */
-ALONE void logits_gradient(float *z, long cols, long at, float inverse, float log_sum, float g) {
+static ALONE void logits_gradient(float *z, long cols, long at, float inverse, float log_sum, float g) {
     float factor = -g * inverse;
 #pragma omp simd
     for (long j = 0; j < cols; j++) z[j] = factor * exp_fast(z[j] * inverse - log_sum);
@@ -160,7 +160,7 @@ static void scatter_job(void *task, int thread, int n_threads) {
 
 /* d_hidden (any, D) += at rows (N), which are all different; dw (V, D) =: from g (N) = gradient of
  * logp, with log_sum as forward left it, N >= 1. Returns 0, or -1 when memory is short. */
-int head_backward(long N, long D, long V, const float *hidden, const int64_t *rows, const float *w,
+EXPORT int head_backward(long N, long D, long V, const float *hidden, const int64_t *rows, const float *w,
                   const int64_t *targets, float temperature, float *log_sum, const float *g,
                   float *d_hidden, float *dw, int n_threads) {
     Pool pool = {.n = 0};

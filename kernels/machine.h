@@ -40,10 +40,10 @@
 #define ISA "plain C"
 #endif
 #define NR (NV * VLEN)     /* columns of one tile */
-#define INLINE static inline __attribute__((always_inline, unused))
-#define STATIC static __attribute__((unused))
+#define INLINE static inline __attribute__((always_inline))
 /* Compiled on its own: inlined into a larger function, GCC 12 leaves some loops as scalar code. */
-#define ALONE static __attribute__((noinline, unused))
+#define ALONE __attribute__((noinline))
+#define EXPORT __attribute__((visibility("default"))) /* called from Python; all else is hidden */
 
 typedef float vec __attribute__((vector_size(VLEN * 4)));
 typedef float vec_anywhere __attribute__((vector_size(VLEN * 4), aligned(4), may_alias));
@@ -62,7 +62,7 @@ INLINE float exp_fast(float x) {
     float r = (y - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: exact n * hi */
     float p = 1.0f + r * (1.0f + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 +
               r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
-    int32_t bits = ((int32_t)n + 127) << 23; /* 2^n: the exponent field of a float */
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23; /* 2^n: the exponent field of a float */
     float power;
     memcpy(&power, &bits, 4);
     return p * power;
@@ -81,7 +81,7 @@ typedef struct {
 
 /* n floats on a cache line's boundary, content undefined; NULL and pool->failed if there is no
  * memory. */
-STATIC float *grab(Pool *pool, long n) {
+static inline float *grab(Pool *pool, long n) {
     void *p = NULL;
     if (pool->n == 64 || posix_memalign(&p, 64, (size_t)(n > 0 ? n : 1) * sizeof(float))) {
         pool->failed = 1;
@@ -90,7 +90,7 @@ STATIC float *grab(Pool *pool, long n) {
     return pool->held[pool->n++] = p;
 }
 
-STATIC void release(Pool *pool) {
+static inline void release(Pool *pool) {
     while (pool->n) free(pool->held[--pool->n]);
 }
 
@@ -106,7 +106,7 @@ typedef struct {
     int thread, n_threads;
 } Start;
 
-STATIC void *start(void *p) {
+static inline void *start(void *p) {
     Start *s = p;
     s->job(s->task, s->thread, s->n_threads);
     return NULL;
@@ -114,7 +114,7 @@ STATIC void *start(void *p) {
 
 /* Run job in n_threads (at most 256) threads and wait for all. Threads are made anew each time:
  * 20 us against calls of 10 ms and more, and no thread spins beside PyTorch's own. */
-STATIC void in_threads(Job job, void *task, int n_threads) {
+static inline void in_threads(Job job, void *task, int n_threads) {
     pthread_t ids[256];
     Start starts[256];
     char made[256];

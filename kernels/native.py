@@ -122,14 +122,14 @@ class Trunk(torch.autograd.Function):
                                "given back after the first; --kernels torch can keep them")
         B, T, D = d_hidden.shape
         d_hidden, dx, n = d_hidden.contiguous(), torch.empty(B, T, D), _threads(B)
-        gradients = torch.empty(n, sum(w.numel() for w in weights))
+        gradients = torch.empty(sum(w.numel() for w in weights))
         _check(load_library().trunk_backward(
             ctypes.byref(ctx.shape), B, T, d_hidden.data_ptr(), ctx.lengths.data_ptr(),
             _pointer(ctx.segments), _pointers(weights), ctx.rope[0].data_ptr(),
             ctx.rope[1].data_ptr(), ctx.kept.data_ptr(), dx.data_ptr(), gradients.data_ptr(), n))
         _spare[:] = [ctx.kept, *_spare][:SPARE]
         ctx.kept = None
-        parts = gradients[0].split([w.numel() for w in weights])
+        parts = gradients.split([w.numel() for w in weights])
         parts = [p.view_as(w) if need else None
                  for p, w, need in zip(parts, weights, ctx.needs_input_grad[5:])]
         return None, None, None, None, dx, *parts

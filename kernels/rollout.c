@@ -10,7 +10,7 @@
  * The random number of (seed, row id, position) is model.py's `uniform`, bit for bit, so the same
  * tokens come out as from PyTorch as long as rounding does not decide.
  */
-#include "block.h"
+#include "kernels.h"
 
 /* ------------------------------------------------------------------------------ sampling */
 
@@ -29,7 +29,7 @@ static float uniform(int64_t seed, int64_t row, int64_t position) {
 }
 
 /* The index of the largest of z (V), the first if several. */
-ALONE long argmax(long V, const float *z) {
+static ALONE long argmax(long V, const float *z) {
     float top = z[0];
 #pragma omp simd reduction(max : top)
     for (long v = 0; v < V; v++) top = z[v] > top ? z[v] : top;
@@ -40,7 +40,7 @@ ALONE long argmax(long V, const float *z) {
 
 /* The first index whose cumulated p exceeds u * total, never one beyond the last p > 0. Sums are
  * doubles rounded to float, as PyTorch's cumsum has them. */
-ALONE long invert(long n, const float *p, float u) {
+static ALONE long invert(long n, const float *p, float u) {
     double total = 0, sum = 0;
 #pragma omp simd reduction(+ : total)
     for (long i = 0; i < n; i++) total += p[i];
@@ -81,7 +81,7 @@ static long nucleus(long V, const float *p, float top_p, float u, float *kept, C
 
 /* Draw a token from logits z (V), which are overwritten; *logp becomes its log-probability in the
  * plain distribution at this temperature (1 if greedy), whatever top_p. kept (V), c (V): scratch. */
-ALONE long draw(long V, float *z, float temperature, float top_p, float u, float *kept,
+static ALONE long draw(long V, float *z, float temperature, float top_p, float u, float *kept,
                  Candidate *c, float *logp) {
     float divisor = temperature == 0 ? 1.0f : temperature, top = -INFINITY, sum = 0;
     long token = argmax(V, z);
@@ -295,7 +295,7 @@ static void pack_head(void *task, int thread, int n_threads) {
 /* Answer B prompts (see Rollout for the arguments). weights: as in trunk_forward, then embeddings
  * and output.weight. A prompt has 1 to context - 1 tokens, all in the vocabulary. Returns 0, or -1
  * when memory is short. */
-int rollout(const Shape *s, const float *const *weights, const float *cos, const float *sin,
+EXPORT int rollout(const Shape *s, const float *const *weights, const float *cos, const float *sin,
             long B, long context, long max_new, const int64_t *prompts, const int64_t *starts,
             const int64_t *row_ids, float temperature, float top_p, long seed, long stop,
             int64_t *tokens, float *logps, int64_t *counts, int n_threads) {

@@ -8,14 +8,14 @@
  * weight gradients; at the end they are summed. Which thread takes which sequence depends on the
  * lengths alone, never on timing, so the same call gives the same bits.
  */
-#include "block.h"
+#include "kernels.h"
 
 /* The instruction set that the library was compiled for. */
-const char *isa(void) { return ISA; }
+EXPORT const char *isa(void) { return ISA; }
 
 /* 0 if a small product comes out right: tried once, in its own process, before the library is
  * used. */
-int self_test(void) {
+EXPORT int self_test(void) {
     float a[7][5], b[5][19], packed[5 * (19 + NR)], c[7][19];
     for (int k = 0; k < 5; k++) {
         for (int i = 0; i < 7; i++) a[i][k] = (float)(i - k);
@@ -45,10 +45,10 @@ typedef struct {
     const int64_t *segments;  /* (B, T) or NULL */
     const int *owner;         /* (B): the thread of each sequence */
     const Packed *packed;
-    float *saved;             /* (B, all_saved), or NULL: nothing is kept */
+    float *saved;             /* (B, saved_size), or NULL: nothing is kept */
     const float *in;          /* (B, T, D): x, or d_hidden */
     float *out;               /* (B, T, D): hidden, or dx */
-    float *gradients;         /* (n_threads, all_gradients) */
+    float *gradients, *others; /* all_gradients: the first thread's; one row for each other */
     int failed;
 } Batch;
 
@@ -77,7 +77,7 @@ static void forward_job(void *task, int thread, int n_threads) {
     for (long b = 0; b < g->B && !pool.failed; b++) {
         if (g->owner[b] != thread) continue;
         long n = g->lengths[b];
-        float *base = g->saved ? g->saved + b * all_saved(s, T) : one_layer;
+        float *base = g->saved ? g->saved + b * saved_size(s, T) : one_layer;
         Saved a = saved_at(s, T, base, 0);
         memcpy(a.x, g->in + b * T * D, (size_t)(n * D) * sizeof(float));
         for (long l = 0; l < s->n_layers && n; l++) {
@@ -93,13 +93,10 @@ static void forward_job(void *task, int thread, int n_threads) {
     release(&pool);
 }
 
-/* Floats that the forward pass keeps per sequence of T tokens. */
-long saved_size(const Shape *s, long T) { return all_saved(s, T); }
-
 /* hidden (B, T, D) from the embedded tokens x (B, T, D); 0 from lengths[b] on. weights: 9 pointers
- * a layer in the order of Layer, then the final norm. saved: (B, all_saved) for the backward
+ * a layer in the order of Layer, then the final norm. saved: (B, saved_size) for the backward
  * pass, or NULL. Returns 0, or -1 when memory is short. */
-int trunk_forward(const Shape *s, long B, long T, const float *x, const int64_t *lengths,
+EXPORT int trunk_forward(const Shape *s, long B, long T, const float *x, const int64_t *lengths,
                   const int64_t *segments, const float *const *weights, const float *cos,
                   const float *sin, float *saved, float *hidden, int n_threads) {
     Pool pool = {.n = 0};
@@ -107,7 +104,7 @@ int trunk_forward(const Shape *s, long B, long T, const float *x, const int64_t 
     int *owner = (int *)grab(&pool, B);
     Packed *packed = pack_weights(s, layers, 0, n_threads, &pool);
     Batch g = {s, B, T, layers, weights[9 * s->n_layers], cos, sin, lengths, segments, owner,
-               packed, saved, x, hidden, NULL, pool.failed};
+               packed, saved, x, hidden, NULL, NULL, pool.failed};
     if (!g.failed) {
         share_out(B, lengths, n_threads, owner);
         in_threads(forward_job, &g, n_threads);
@@ -127,7 +124,7 @@ static void backward_job(void *task, int thread, int n_threads) {
     const Shape *s = g->s;
     (void)n_threads;
     long D = s->dim, T = g->T, L = s->n_layers;
-    float *flat = g->gradients + thread * all_gradients(s);
+    float *flat = thread ? g->others + (thread - 1) * all_gradients(s) : g->gradients;
     memset(flat, 0, (size_t)all_gradients(s) * sizeof(float));
     Pool pool = {.n = 0};
     Backward w = backward_buffers(s, T, &pool);
@@ -135,7 +132,7 @@ static void backward_job(void *task, int thread, int n_threads) {
     for (long b = 0; b < g->B && !pool.failed; b++) {
         if (g->owner[b] != thread) continue;
         long n = g->lengths[b];
-        float *base = g->saved + b * all_saved(s, T), *dx = g->out + b * T * D;
+        float *base = g->saved + b * saved_size(s, T), *dx = g->out + b * T * D;
         Saved last = saved_at(s, T, base, L);
         memset(w.dx, 0, (size_t)(n * D) * sizeof(float));
         rmsnorm_backward(n, D, last.x, g->final_norm, last.scale, g->in + b * T * D, w.dx,
@@ -157,21 +154,22 @@ static void sum_job(void *task, int thread, int n_threads) {
     for (int i = 1; i < n_threads; i++)
 #pragma omp simd
         for (long j = thread * share; j < at_most(n, (thread + 1) * share); j++)
-            g->gradients[j] += g->gradients[i * n + j];
+            g->gradients[j] += g->others[(i - 1) * n + j];
 }
 
 /* dx (B, T, D) and all weight gradients from d_hidden (B, T, D). saved: as the forward pass left
- * it. gradients: (n_threads, all_gradients), the first row is the result, in the order of the
- * weights; the other rows are scratch. Returns 0, or -1 when memory is short. */
-int trunk_backward(const Shape *s, long B, long T, const float *d_hidden, const int64_t *lengths,
+ * it. gradients: (all_gradients), in the order of the weights. Returns 0, or -1 when memory is
+ * short. */
+EXPORT int trunk_backward(const Shape *s, long B, long T, const float *d_hidden, const int64_t *lengths,
                    const int64_t *segments, const float *const *weights, const float *cos,
                    const float *sin, float *saved, float *dx, float *gradients, int n_threads) {
     Pool pool = {.n = 0};
     const Layer *layers = (const Layer *)weights;
     int *owner = (int *)grab(&pool, B);
     Packed *packed = pack_weights(s, layers, 1, n_threads, &pool);
+    float *others = grab(&pool, (n_threads - 1) * all_gradients(s));
     Batch g = {s, B, T, layers, weights[9 * s->n_layers], cos, sin, lengths, segments, owner,
-               packed, saved, d_hidden, dx, gradients, pool.failed};
+               packed, saved, d_hidden, dx, gradients, others, pool.failed};
     if (!g.failed) {
         share_out(B, lengths, n_threads, owner);
         in_threads(backward_job, &g, n_threads);

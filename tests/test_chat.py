@@ -44,13 +44,11 @@ def out(tokenizer, tmp_path_factory):
                [{"role": "system", "content": "Be Plato."}, user("hi"), assistant("I am Plato.")]]
     net = M.Llama(config)
     net.init_weights(seed=0)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     encoded = [[torch.tensor([ids]) for ids in data.encode_dialog(tokenizer, d)] for d in dialogs]
-    for _ in range(30):
+    for step in range(40):  # sign descent: importing torch's optimizers takes longer than this
         logp = [M.logprobs(net(t[:, :-1]), t[:, 1:])[m[:, 1:] == 1].mean() for t, m in encoded]
-        (-sum(logp)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for p, grad in zip(net.parameters(), torch.autograd.grad(-sum(logp), net.parameters())):
+            p.data -= 0.01 * (1 - step / 40) * grad.sign()
     M.save(folder / "sft.pt", net, "sft", tokenizer.model_bytes)
     endless = M.Llama(M.ModelConfig(32, 2, 4, 2, 64, tokenizer.vocab_size, 20_000))
     endless.init_weights(seed=0)

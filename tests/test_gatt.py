@@ -83,17 +83,19 @@ def test_loss_is_on_the_last_answer_and_its_eos_alone(tokenizer):
     assert mask == [0] * (len(tokens) - len(trained)) + [1] * len(trained)
 
 
-def test_earlier_answers_carry_no_gradient(tokenizer):
-    """The loss of a row is the sum of -log p over the last answer, computed from plain logits."""
-    net = M.Llama(SHAPE).init_weights(1)
-    messages = gatt.keep_first("Act as Plato.", [*TALK, {"role": "assistant", "content": "Red."}])
-    tokens, mask = gatt.last_answer_only(tokenizer, messages)
-    rows = gatt.pack([(tokens, mask)], len(tokens) + 3)
-    loss = gatt.answer_loss(net, *rows)
-    logp = net(torch.tensor([tokens]))[0].log_softmax(-1)
-    n = len(tokenizer.encode("Red. ", eos=True))
-    expected = -sum(logp[t - 1, tokens[t]] for t in range(len(tokens) - n, len(tokens)))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+def test_the_loss_is_that_of_the_last_answers_whatever_they_are_packed_with(tokenizer):
+    """Two dialogues in one row: the sum of -log p over both last answers, each read by itself."""
+    net, expected, examples = M.Llama(SHAPE).init_weights(1), 0.0, []
+    for messages in (gatt.keep_first("Act as Plato.", TALK), TALK[:1]):
+        tokens, mask = gatt.last_answer_only(
+            tokenizer, [*messages, {"role": "assistant", "content": "Red."}])
+        examples.append((tokens, mask))
+        logp = net(torch.tensor([tokens]))[0].log_softmax(-1)  # (T, V), from plain logits
+        first = len(tokens) - len(tokenizer.encode("Red. ", eos=True))
+        expected -= sum(logp[t - 1, tokens[t]].item() for t in range(first, len(tokens)))
+    rows = gatt.pack(examples, sum(len(tokens) for tokens, _ in examples) + 3)
+    assert rows[0].shape[0] == 1
+    assert gatt.answer_loss(net, *rows).item() == pytest.approx(expected, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------ the data

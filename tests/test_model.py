@@ -1092,7 +1092,7 @@ def test_a_full_disk_is_one_oserror_and_the_old_file_stays(old, full_disk, write
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
                                    RuntimeError("PytorchStreamWriter failed writing file\nat: 1")])
-def test_torch_save_failing_is_one_oserror_and_the_old_file_stays(old, monkeypatch, error):
+def testwrite_torch_file_failing_is_one_oserror_and_the_old_file_stays(old, monkeypatch, error):
     def fail(value, f):
         f.write(b"half")
         raise error
@@ -1145,6 +1145,15 @@ def test_save_with_a_dtype_converts_the_file_but_not_the_model(tmp_path):
     assert {p.dtype for p in back.parameters()} == {torch.bfloat16}
     assert torch.equal(back.output.weight, net.output.weight.bfloat16())
     assert info["metrics"] == {} and info["trained_on"] == ""
+
+
+def test_save_takes_weights_gathered_elsewhere(tmp_path):
+    """A model spread over devices holds only a share of each tensor; the whole ones are given."""
+    net, gathered = llama(SMALL), llama(SMALL, seed=1).state_dict()
+    M.save(tmp_path / "a.pt", net, "sft", b"tok", weights=gathered)
+    back, _ = M.load(tmp_path / "a.pt", device="cpu")
+    assert torch.equal(back.output.weight, gathered["output.weight"])
+    assert not torch.equal(back.output.weight, net.output.weight)
 
 
 def test_load_with_a_dtype_converts_the_model(saved):

@@ -154,12 +154,6 @@ def test_validation_counts_every_token_once_and_every_byte():
     assert bits == pytest.approx(total / math.log(2) / 100, rel=1e-5)
 
 
-def test_flops_per_token_of_7b_at_4096_are_those_of_the_convention():
-    """6 (N - V D - (2L+1) D) + 12 L D T by hand, N of the paper's model."""
-    want = 6 * (6_738_415_616 - 32000 * 4096 - 65 * 4096) + 12 * 32 * 4096 * 4096
-    assert pretrain.flops_per_token(M.PRESETS["7b"], 4096) == want
-
-
 # ---- the whole stage
 
 def test_the_stage_learns_and_leaves_checkpoint_log_figure_and_summary(book, tmp_path, capsys):

@@ -20,7 +20,8 @@ import reward
 import scale
 from reward import Config, calibrate, margin_of, ranking_loss, safety_loss
 
-WORDS = "bring me some bread soup water wine now please I will not yes no here it is for you".split()
+WORDS = ("bring me some bread soup water wine now please I will not yes no here it is for "
+         "you").split()
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +225,8 @@ def test_too_few_rows_say_what_is_missing(folder):
 # ------------------------------------------------------------------------------- the evaluation
 
 
-@pytest.mark.parametrize("precision, low, high", [(1.0, 0.2, 0.3), (0.75, 0.5, 0.6), (0.7, 0.5, 0.6),
-                                                  (0.6, 0.6, 0.7)])
+@pytest.mark.parametrize("precision, low, high", [(1.0, 0.2, 0.3), (0.75, 0.5, 0.6),
+                                                  (0.7, 0.5, 0.6), (0.6, 0.6, 0.7)])
 def test_the_threshold_is_the_largest_that_is_precise_enough(precision, low, high):
     """Answers by score, u unsafe: u.1 u.2 s.3 u.5 s.6 s.7; precision of the first n: 1, 1, 2/3,
     3/4, 3/5, 1/2. In another order in the call, for the order must not matter."""
@@ -241,9 +242,9 @@ def test_no_threshold_is_precise_enough_then_nothing_lies_below_it():
 
 
 def test_a_threshold_never_stands_between_equal_scores():
-    """u.1 and s.1 fall on the same side: at precision 1 nothing can be found."""
-    scores = torch.tensor([0.1, 0.1, 0.4])
-    assert not (scores < calibrate(scores, torch.tensor([True, False, False]), 1.0)).any()
+    """s.05 u.1 u.1 s.1: the first three would be 2/3 unsafe, but .1 < t takes the fourth too."""
+    scores = torch.tensor([0.05, 0.1, 0.1, 0.1])
+    assert not (scores < calibrate(scores, torch.tensor([False, True, True, False]), 0.6)).any()
 
 
 def test_the_gate_never_fires_above_one_half():
@@ -281,8 +282,8 @@ def test_the_learning_rate_warms_up_5_steps_and_ends_at_a_tenth():
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(chat, tokenizer):
-    rows = [row(chosen="please " * (i + 1), rejected="no", chosen_safe=True, rejected_safe=i % 2 == 0,
-                rating="better") for i in range(4)]
+    rows = [row(chosen="please " * (i + 1), rejected="no", rating="better", chosen_safe=True,
+                rejected_safe=i % 2 == 0) for i in range(4)]
     batch, norms = reward.encode(rows, tokenizer, "small", 64), []
     for micro in (1, 4):
         model, cfg = scalar(chat), Config(micro_batch=micro)
@@ -300,8 +301,10 @@ def test_the_auxiliary_loss_is_weighed_and_only_the_safety_model_has_it(chat, to
         model = scalar(chat)
         found.append(reward.train_step(model, M.adamw(model, 0.0, 0.1), batch, 0.0, weight,
                                        Config(), world))
-    assert found[0]["loss"] == found[1]["loss"] and found[0]["grad_norm"] != found[1]["grad_norm"]
-    assert "aux_loss" not in found[0] and found[1]["aux_loss"] == pytest.approx(2 * math.log(2), 0.1)
+    assert found[0]["loss"] == found[1]["loss"]
+    assert found[0]["grad_norm"] != found[1]["grad_norm"]
+    assert "aux_loss" not in found[0]
+    assert found[1]["aux_loss"] == pytest.approx(2 * math.log(2), 0.1)  # p(safe) = 1/2, twice
 
 
 @functools.cache
@@ -368,7 +371,7 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder, monkeypatch, 
     monkeypatch.setattr(reward, "train_step", step)
     reward.main(replace(cfg, resume=True))
     for which in ("helpful", "safety"):
-        one, two = (M.load(path / f"reward_{which}.pt", "cpu") for path in (folder, folder / "whole"))
+        one, two = (M.load(f / f"reward_{which}.pt", "cpu") for f in (folder, folder / "whole"))
         weights = one[0].state_dict(), two[0].state_dict()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
         assert one[1]["metrics"] == two[1]["metrics"]

@@ -3,7 +3,7 @@
 Ranks are forked from the test process and meet through a file (no network); each writes what its
 function returned into a file, and leaves by os._exit. `make test-scale` runs the marked rest.
 """
-import functools, json, math, os, random, signal, subprocess, sys, time, traceback
+import functools, json, os, random, signal, subprocess, sys, time, traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,9 +117,19 @@ def run_training(tp: int, recompute: bool) -> dict:
     with scale.unsharded(model, world):
         out["text"] = kernels.rollout(model, [[1, 2, 3], [4, 5]], 8, temperature=0.0)[0]
     out["losses"] += learn(model, optimizer, world, range(3, 6))
-    out["weights"] = scale.full_weights(model, world)
+    out["losses"] += score(world)
     scale.finish(world)
     return out
+
+
+def score(world) -> list[float]:
+    """A reward model's mean score and the norm of its gradient: the head is one row."""
+    with torch.device("meta"):
+        model = M.Llama(replace(CONFIG, scalar_head=True))
+    model = scale.wrap(model, world, seed=4)
+    mean = model(batch(0, world)).mean()
+    mean.backward()
+    return [scale.all_mean(mean.item(), world), scale.clip(model, 1.0, world)]
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +199,29 @@ def test_a_mean_over_ranks_counts_tokens_not_ranks(tmp_path):
     assert sorted(a["rows"] + b["rows"]) == list(range(6)) and a["rows"] == [0, 2, 4]
     assert a["gathered"] == b["gathered"] == ["00", "10", "01", "11", "02"]
     assert a["main"] and not b["main"]
+
+
+def run_masked() -> float:
+    """One step in which only the last of two rows has answer tokens, as a short last batch has."""
+    world = scale.setup("cpu")
+    model, _ = build(world)
+    rows = batch(0, world)[:2 // world.dp]
+    mask = torch.zeros(2, 32)
+    mask[1] = 1
+    mask = mask[list(scale.rank_rows(2, world))]
+    logp = kernels.token_logprobs(kernels.trunk(model, rows[:, :-1]), model.output.weight,
+                                  rows[:, 1:], mask)
+    (-logp.sum() * world.dp / scale.all_sum(mask.sum().item(), world)).backward()
+    norm = scale.clip(model, 1.0, world)
+    scale.finish(world)
+    return norm
+
+
+def test_a_rank_without_answer_tokens_holds_up_nobody(tmp_path):
+    """Its gradients are zeros, not None: the ranks' sums must have the same size."""
+    expected = run_masked()
+    for norm in ranks(2, tmp_path / "r", run_masked, seconds=60):
+        assert norm == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_ranks():
@@ -390,6 +423,29 @@ def test_killed_at_five_moments_and_resumed_every_loss_is_bit_equal(tmp_path):
     assert whole == broken  # a redone step has the same line, so each set has one member
 
 
+def run_half(path) -> tuple:
+    world = scale.setup("cpu", 2)
+    model = scale.wrap(M.load(path, "cpu")[0], world)
+    optimizer = M.adamw(model, 1e-2, 0.1)
+    weights, losses = scale.full_weights(model, world), learn(model, optimizer, world, range(2))
+    scale.finish(world)
+    return weights, losses
+
+
+def test_a_half_precision_file_is_trained_in_float32(tmp_path):
+    """The start of a fine-tuning stage: each rank maps the file and takes its part of it."""
+    M.save(tmp_path / "half.pt", M.Llama(CONFIG).init_weights(1), "pretrain", b"", {},
+           dtype=torch.bfloat16)
+    model = scale.wrap(M.load(tmp_path / "half.pt", "cpu")[0], ALONE)
+    expected = learn(model, M.adamw(model, 1e-2, 0.1), ALONE, range(2))
+    model = M.load(tmp_path / "half.pt", "cpu")[0]
+    for weights, losses in ranks(2, tmp_path / "r", run_half, tmp_path / "half.pt"):
+        assert losses == pytest.approx(expected, abs=1e-5)
+        for name, weight in weights.items():
+            assert weight.dtype == torch.float32 and torch.equal(weight.bfloat16(),
+                                                                 model.state_dict()[name])
+
+
 def run_weights_back() -> float:
     world = scale.setup("cpu", 2)
     model, optimizer = build(world)
@@ -411,7 +467,7 @@ def test_weights_taken_out_whole_go_back_in(tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny", "7b", "13b", "34b", "70b"])
 def test_flops_per_token_equal_torch_own_count_exactly(name):
-    """On the meta device, at full width with two layers and with three: also the slope per layer."""
+    """On the meta device, at full width, with two and three layers: so for any number of them."""
     from torch.utils.flop_counter import FlopCounterMode
     for layers in (2, 3):
         c = replace(M.PRESETS[name], n_layers=layers)
@@ -419,8 +475,7 @@ def test_flops_per_token_equal_torch_own_count_exactly(name):
             model, tokens = M.Llama(c), torch.empty(1, c.max_seq_len, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model(tokens).sum().backward()
-        attention_backward = counter.get_total_flops()
-        assert attention_backward == c.max_seq_len * scale.flops_per_token(c, c.max_seq_len)
+        assert counter.get_total_flops() == c.max_seq_len * scale.flops_per_token(c, c.max_seq_len)
 
 
 def test_flops_of_the_70b_by_hand():
@@ -460,7 +515,8 @@ def test_closed_form_agrees_with_the_simulation_at_full_depth(case):
     assert run.peak() == pytest.approx(simulated, rel=0.06)
 
 
-SMALL = replace(M.PRESETS["tiny"], dim=256, n_heads=8, n_kv_heads=4, hidden_dim=704, max_seq_len=256)
+SMALL = replace(M.PRESETS["tiny"], dim=256, n_heads=8, n_kv_heads=4, hidden_dim=704,
+                max_seq_len=256)
 
 
 def run_tracked(run: scale.Run) -> dict:
@@ -572,11 +628,13 @@ def small_pieces(monkeypatch):
 def test_tokenising_in_parallel_equals_encoding_in_order(shards, small_pieces):
     folder, texts, cfg = shards
     scale.tokenise(cfg)
-    stream = scale.TokenStream({cfg.out: 1})
+    stream = scale.TokenStream(cfg.out)
     whole = data.encode_texts(data.Tokenizer(folder / "t.model"), texts)
     assert len(stream.parts) > 3 and len(stream) == len(whole)
     for a, b in ((0, len(whole)), (5, 17), (len(whole) // 3, len(whole) // 3 * 2), (9, 9)):
         assert np.array_equal(stream[a:b], whole[a:b])
+    assert stream.tokenizer == (folder / "t.model").read_bytes()
+    assert len(stream.head(100)) == 100 and np.array_equal(stream.head(100)[90:200], whole[90:100])
 
 
 def test_tokenising_again_skips_what_is_there_and_restores_what_is_missing(shards, small_pieces):
@@ -595,23 +653,23 @@ def test_an_unfinished_or_foreign_folder_is_refused(shards, small_pieces, tmp_pa
     folder, _, cfg = shards
     scale.tokenise(cfg)
     with pytest.raises(FileNotFoundError, match="scale.py tokenise"):
-        scale.TokenStream({str(tmp_path): 1})
+        scale.TokenStream(str(tmp_path))
     with pytest.raises(ValueError, match="another text, tokenizer or size"):
         scale.tokenise(replace(cfg, shard_megabytes=2))
     manifest = Path(cfg.out) / "shards.json"
     text = manifest.read_text()
     manifest.write_text(json.dumps({**json.loads(text), "files": []}))
     with pytest.raises(ValueError, match="unfinished"):
-        scale.TokenStream({cfg.out: 1})
+        scale.TokenStream(cfg.out)
     manifest.write_text(text)
 
 
 def test_a_mixture_repeats_a_source_by_its_weight(shards, small_pieces):
     _, _, cfg = shards
     scale.tokenise(cfg)
-    once = len(scale.TokenStream({cfg.out: 1}))
-    assert len(scale.TokenStream({cfg.out: 3})) == 3 * once
-    assert len(scale.TokenStream({cfg.out: 1.5})) == pytest.approx(1.5 * once, rel=0.01)
+    once = len(scale.TokenStream(cfg.out))
+    assert len(scale.TokenStream(f"{cfg.out}=2,{cfg.out}")) == 3 * once
+    assert len(scale.TokenStream(f"{cfg.out}=1.5")) == pytest.approx(1.5 * once, rel=0.01)
 
 
 def test_plan_prints_what_it_needs(capsys):

@@ -11,27 +11,9 @@
  * read front to back by the inner loop; weights are packed once per step and used by all
  * sequences. A panel stays in the first-level cache while all rows of A pass by.
  */
-#ifndef GEMM_H
-#define GEMM_H
-
-#include "machine.h"
+#include "kernels.h"
 
 #define KC 384 /* rows of a panel used at a time: KC * NR * 4 bytes stay below the L1 cache */
-
-/* The left matrix: a(i, k) = p[i / MR * tile + i % MR * row + k * col]. */
-typedef struct {
-    const float *p;
-    long row, col, tile;
-} Left;
-
-/* A as it lies in memory, a (M, K) with ld numbers from row to row. */
-INLINE Left rows_of(const float *a, long ld) { return (Left){a, ld, 1, MR * ld}; }
-
-/* The transpose of what lies in memory, a (K, M) with ld numbers from row to row. */
-INLINE Left columns_of(const float *a, long ld) { return (Left){a, 1, ld, MR}; }
-
-/* Written by pack_left: tiles of MR columns, (M / MR, K, MR). */
-INLINE Left packed_columns(const float *a, long K) { return (Left){a, 1, MR, K * MR}; }
 
 /* One tile: c (rows, cols) = r + a b over k < K. rows and contiguous are compile-time constants. */
 INLINE void tile(const int rows, const int contiguous, long K, const float *a, long ai, long ak,
@@ -77,7 +59,7 @@ static void tile_of(long rows, int contiguous, long K, const float *a, long ai, 
 
 /* c (M, N; ldc) = r + a b, K >= 1. a: see Left. b: panels, `panel` numbers from one to the next (K * NR
  * when packed for this product alone). r (M, N; ldr): NULL for 0, or c itself to accumulate. */
-STATIC void gemm(long M, long N, long K, Left a, const float *b, long panel, float *c, long ldc,
+void gemm(long M, long N, long K, Left a, const float *b, long panel, float *c, long ldc,
                  const float *r, long ldr) {
     long parts = (K + KC - 1) / KC, depth = (K + parts - 1) / parts; /* parts of equal size */
     for (long k = 0; k < K; k += depth) {
@@ -92,7 +74,7 @@ STATIC void gemm(long M, long N, long K, Left a, const float *b, long panel, flo
 }
 
 /* Panels of b (K, N; ld): out (ceil(N / NR), K, NR), `panel` numbers from one to the next. */
-STATIC void pack(long K, long N, const float *b, long ld, float *out, long panel) {
+void pack(long K, long N, const float *b, long ld, float *out, long panel) {
     for (long j = 0; j < N; j += NR, out += panel)
         for (long k = 0; k < K; k++) {
             const float *from = b + k * ld + j;
@@ -104,7 +86,7 @@ STATIC void pack(long K, long N, const float *b, long ld, float *out, long panel
 }
 
 /* Panels of the transpose of b (N, K; ld): the same out. Used for y = x w^T, w as PyTorch has it. */
-STATIC void pack_transposed(long K, long N, const float *b, long ld, float *out, long panel) {
+void pack_transposed(long K, long N, const float *b, long ld, float *out, long panel) {
     for (long j = 0; j < N; j += NR, out += panel)
         for (int n = 0; n < NR; n++)
             for (long k = 0; k < K; k++)
@@ -112,13 +94,9 @@ STATIC void pack_transposed(long K, long N, const float *b, long ld, float *out,
 }
 
 /* Tiles of MR columns of a (K, M; ld): out (ceil(M / MR), K, MR), read through packed_columns. */
-STATIC void pack_left(long K, long M, const float *a, long ld, float *out) {
+void pack_left(long K, long M, const float *a, long ld, float *out) {
     for (long i = 0; i < M; i += MR, out += K * MR)
         for (long k = 0; k < K; k++)
             for (int m = 0; m < MR; m++) out[k * MR + m] = m < M - i ? a[k * ld + i + m] : 0.0f;
 }
 
-/* The size in floats of panels for a right matrix (K, N). */
-INLINE long panels(long K, long N) { return round_up(N, NR) * K; }
-
-#endif

@@ -5,33 +5,20 @@
  * Kept for backward, in floats per token: 3 D + (D + 2 KV hd) + 2 F + H + 2. What is cheap is done
  * again instead of kept: both normalised inputs, the product in SwiGLU, the probabilities.
  */
-#ifndef BLOCK_H
-#define BLOCK_H
-
-#include "attention.h"
-#include "weights.h"
+#include "kernels.h"
 
 /* --------------------------------------------------------------------- what backward needs */
 
-/* Activations of one sequence at one layer. */
-typedef struct {
-    float *x, *scale;       /* (T, D), (T): the layer's input and its norm's scale */
-    float *qkv;             /* (T, D + 2 KV hd), rotated */
-    float *out, *log_sum;   /* (T, D), (H, T): attention before wo */
-    float *mid, *mid_scale; /* (T, D), (T): after attention */
-    float *gu;              /* (T, 2F): gates, ups */
-} Saved;
-
-STATIC long saved_per_layer(const Shape *s, long T) {
+long saved_per_layer(const Shape *s, long T) {
     return T * (3 * s->dim + qkv_dim(s) + 2 * s->hidden_dim + s->n_heads + 2);
 }
 
-/* Floats kept per sequence: all layers, then x and its scale before the final norm. */
-STATIC long all_saved(const Shape *s, long T) {
+/* Floats kept per sequence of T tokens: all layers, then x and its scale before the final norm. */
+EXPORT long saved_size(const Shape *s, long T) {
     return s->n_layers * saved_per_layer(s, T) + T * (s->dim + 1);
 }
 
-STATIC Saved saved_at(const Shape *s, long T, float *base, long l) {
+Saved saved_at(const Shape *s, long T, float *base, long l) {
     long D = s->dim;
     Saved a;
     a.x = base + l * saved_per_layer(s, T);
@@ -47,15 +34,7 @@ STATIC Saved saved_at(const Shape *s, long T, float *base, long l) {
 
 /* ------------------------------------------------------------------------------- forward */
 
-/* Buffers of one thread in the forward pass. */
-typedef struct {
-    float *n;   /* (T, D): a normalised input */
-    float *act; /* (T, F): swiglu's output */
-    float *z;   /* scores of a block of queries */
-    Keys keys;
-} Forward;
-
-STATIC Forward forward_buffers(const Shape *s, long T, Pool *pool) {
+Forward forward_buffers(const Shape *s, long T, Pool *pool) {
     Forward f;
     long room = round_up(T, NR);
     f.n = grab(pool, T * s->dim);
@@ -66,7 +45,7 @@ STATIC Forward forward_buffers(const Shape *s, long T, Pool *pool) {
 }
 
 /* One block over one sequence: a.x (T, D) -> next (T, D), filling a. next may be a.x. */
-STATIC void block_forward(const Shape *s, long T, const Layer *w, const Packed *p,
+void block_forward(const Shape *s, long T, const Layer *w, const Packed *p,
                           const float *cos, const float *sin, const int64_t *segments,
                           const Forward *f, Saved a, float *next) {
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim;
@@ -84,15 +63,11 @@ STATIC void block_forward(const Shape *s, long T, const Layer *w, const Packed *
 
 /* ------------------------------------------------------------------------------ backward */
 
-typedef struct {
-    float *attention_norm, *qkv, *o, *ffn_norm, *gu, *down;
-} Gradients;
-
-STATIC long gradients_size(const Shape *s) { /* floats per layer */
+long gradients_size(const Shape *s) { /* floats per layer */
     return s->dim * (2 + qkv_dim(s) + s->dim + 3 * s->hidden_dim);
 }
 
-STATIC Gradients gradients_at(const Shape *s, float *flat, long l) {
+Gradients gradients_at(const Shape *s, float *flat, long l) {
     long D = s->dim, F = s->hidden_dim;
     Gradients g;
     g.attention_norm = flat + l * gradients_size(s);
@@ -104,17 +79,7 @@ STATIC Gradients gradients_at(const Shape *s, float *flat, long l) {
     return g;
 }
 
-/* Buffers of one thread in the backward pass. */
-typedef struct {
-    float *dx, *n, *dn;      /* (T, D): running gradient; a normalised input, its gradient */
-    float *act, *d_act, *dgu; /* (T, F), (T, F), (T, 2F) */
-    float *d_out, *dqkv;     /* (T, D), (T, D + 2 KV hd) */
-    float *left, *right;     /* both factors of a weight gradient, packed */
-    Keys keys;
-    AttentionScratch scratch;
-} Backward;
-
-STATIC Backward backward_buffers(const Shape *s, long T, Pool *pool) {
+Backward backward_buffers(const Shape *s, long T, Pool *pool) {
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim, room = round_up(T, NR);
     long widest = E > 2 * F ? E : 2 * F, keys = keys_size(s, room);
     Backward w;
@@ -133,7 +98,7 @@ STATIC Backward backward_buffers(const Shape *s, long T, Pool *pool) {
 }
 
 /* dw (N, K) += dy^T x: the gradient of w in y = x w^T, from dy (T, N) and x (T, K). */
-STATIC void weight_gradient(long T, long N, long K, const float *dy, const float *x,
+static void weight_gradient(long T, long N, long K, const float *dy, const float *x,
                             const Backward *w, float *dw) {
     pack_left(T, N, dy, N, w->left);
     pack(T, K, x, K, w->right, T * NR);
@@ -142,7 +107,7 @@ STATIC void weight_gradient(long T, long N, long K, const float *dy, const float
 
 /* One block over one sequence: w->dx (T, D) holds the gradient of the block's output and leaves as
  * that of its input; weight gradients are added to g. The forward pass read from bottom to top. */
-STATIC void block_backward(const Shape *s, long T, const Layer *l, const Packed *p,
+void block_backward(const Shape *s, long T, const Layer *l, const Packed *p,
                            const float *cos, const float *sin, const int64_t *segments, Saved a,
                            const Backward *w, Gradients g) {
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim;
@@ -167,4 +132,3 @@ STATIC void block_backward(const Shape *s, long T, const Layer *l, const Packed 
     rmsnorm_backward(T, D, a.x, l->attention_norm, a.scale, w->dn, w->dx, g.attention_norm);
 }
 
-#endif

@@ -13,34 +13,10 @@
  * Backward, with dP = dO V^T and delta_t = sum_s p_ts dP_ts = dO_t . O_t:
  *     dV = P^T dO,   dZ = P (dP - delta) / sqrt(hd),   dQ = dZ K,   dK = dZ^T Q.
  */
-#ifndef ATTENTION_H
-#define ATTENTION_H
-
-#include "gemm.h"
-#include "layer.h"
-
-#define BLOCK 24 /* queries at a time, a multiple of every MR */
-
-/* Keys and values of one sequence and layer in the layouts that the products read; `room` tokens
- * long. They are the key-value cache of generation too. */
-typedef struct {
-    float *k_t; /* (KV, room / NR, hd, NR): right matrix of q k^T */
-    float *v;   /* (KV, hd / NR, room, NR): right matrix of p v */
-    long room;  /* tokens, a multiple of NR */
-} Keys;
-
-INLINE long keys_size(const Shape *s, long room) { /* floats of k_t; of v */
-    return s->n_kv_heads * room * round_up(head_dim(s), NR);
-}
-INLINE float *keys_of(const Shape *s, const Keys *c, long j) { /* head j of k_t */
-    return c->k_t + j * c->room * head_dim(s);
-}
-INLINE float *values_of(const Shape *s, const Keys *c, long j) { /* head j of v */
-    return c->v + j * c->room * round_up(head_dim(s), NR);
-}
+#include "kernels.h"
 
 /* Fill the cache from qkv (T, D + 2 KV hd), rotated already. */
-STATIC void fill_keys(const Shape *s, long T, const float *qkv, const Keys *c) {
+void fill_keys(const Shape *s, long T, const float *qkv, const Keys *c) {
     long hd = head_dim(s), E = qkv_dim(s);
     for (long j = 0; j < s->n_kv_heads; j++) {
         const float *k = qkv + s->dim + j * hd, *v = k + s->n_kv_heads * hd;
@@ -49,14 +25,8 @@ STATIC void fill_keys(const Shape *s, long T, const float *qkv, const Keys *c) {
     }
 }
 
-/* What may be seen: the keys [from, to) of a block of queries, and which of them by which. */
-typedef struct {
-    long from, to;
-    const int64_t *segments; /* (T), or NULL: one segment */
-} Span;
-
 /* Keys that some query in [t0, t1) sees; from is a multiple of NR. */
-STATIC Span span_of(long t0, long t1, const int64_t *segments) {
+static Span span_of(long t0, long t1, const int64_t *segments) {
     Span span = {0, t1, segments};
     if (!segments) return span;
     for (span.from = 0; span.from < t0; span.from++) {
@@ -95,12 +65,9 @@ ALONE void softmax_rows(long n, float *z, long ld, long t0, Span span, float sca
     }
 }
 
-/* Room that attention needs per thread, in floats: one block of scores. */
-INLINE long scores_width(long T) { return round_up(T, NR) + NR; }
-
 /* out (T, D) from the queries in qkv (T, D + 2 KV hd) and the cache; log_sum (H, T) for backward;
  * z: BLOCK * scores_width(T) floats of scratch. */
-STATIC void attention(const Shape *s, long T, const float *qkv, const Keys *c,
+void attention(const Shape *s, long T, const float *qkv, const Keys *c,
                       const int64_t *segments, float *out, float *log_sum, float *z) {
     long hd = head_dim(s), E = qkv_dim(s), group = s->n_heads / s->n_kv_heads;
     long ld = scores_width(T);
@@ -120,16 +87,9 @@ STATIC void attention(const Shape *s, long T, const float *qkv, const Keys *c,
     }
 }
 
-/* Scratch of the backward pass. */
-typedef struct {
-    float *z, *dz;   /* BLOCK * scores_width(T) each */
-    float *q, *d_out; /* (hd / NR, BLOCK, NR) each: a block of queries, of d_out, as right matrix */
-    float *k, *v_t;  /* keys_size each: keys as right matrix of dZ K, values of dO V^T */
-} AttentionScratch;
-
 /* p = softmax again, and dz = gradient of the scores, both (n, m; ld) and in place: z holds q k^T,
  * dz holds dP. out, d_out: this head's columns at query t0, rows D apart. */
-ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0, Span span, float scale,
+static ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0, Span span, float scale,
                              const float *log_sum, const float *out, const float *d_out, long D,
                              long hd) {
     long m = span.to - span.from;
@@ -147,7 +107,7 @@ ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0, Span 
 
 /* dqkv (T, D + 2 KV hd) from d_out (T, D), with the qkv, out and log_sum of the forward pass. The
  * keys and values of a group of heads are shared, so their gradients add up over its heads. */
-STATIC void attention_backward(const Shape *s, long T, const float *qkv, const Keys *c,
+void attention_backward(const Shape *s, long T, const float *qkv, const Keys *c,
                                const int64_t *segments, const float *out, const float *log_sum,
                                const float *d_out, float *dqkv, AttentionScratch x) {
     long hd = head_dim(s), E = qkv_dim(s), D = s->dim, KV = s->n_kv_heads;
@@ -186,4 +146,3 @@ STATIC void attention_backward(const Shape *s, long T, const float *qkv, const K
     }
 }
 
-#endif

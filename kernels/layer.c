@@ -5,20 +5,7 @@
  * below are the naive nests and the fast version at once: `omp simd` lets the compiler turn each
  * into vector code (it permits the sums to be added in another order; it starts no threads).
  */
-#ifndef LAYER_H
-#define LAYER_H
-
-#include "machine.h"
-
-/* The shape of a network; mirrors ctypes in build.py. */
-typedef struct {
-    int64_t dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size;
-    float norm_eps;
-} Shape;
-
-INLINE long head_dim(const Shape *s) { return s->dim / s->n_heads; }
-/* Width of one row of q, k, v side by side. */
-INLINE long qkv_dim(const Shape *s) { return s->dim + 2 * s->n_kv_heads * head_dim(s); }
+#include "kernels.h"
 
 /* ------------------------------------------------------------------------------- RMSNorm
  *     y_i = x_i s w_i,   s = (mean_j x_j^2 + eps)^(-1/2)                            [RMS Eq.4] */
@@ -69,7 +56,7 @@ ALONE void rmsnorm_backward(long T, long D, const float *x, const float *w, cons
  * A rotation is orthogonal: its backward pass is the rotation by the opposite angle. */
 
 /* Turn n_heads heads of one token, x (n_heads, hd), by cos, sin (hd/2); direction +1 or -1. */
-INLINE void rotate(long n_heads, long hd, float *x, const float *cos, const float *sin,
+void rotate(long n_heads, long hd, float *x, const float *cos, const float *sin,
                    float direction) {
     for (long h = 0; h < n_heads; h++, x += hd)
 #pragma omp simd
@@ -114,4 +101,3 @@ ALONE void swiglu_backward(long T, long F, const float *gu, const float *da, flo
         }
 }
 
-#endif

@@ -3,24 +3,7 @@
  * Packing is done anew at every call: a few milliseconds at most against hundreds, and no copy can
  * ever be stale.
  */
-#ifndef WEIGHTS_H
-#define WEIGHTS_H
-
-#include "gemm.h"
-#include "layer.h"
-
-/* The parameters of one layer, as PyTorch holds them: (out, in), row by row. */
-typedef struct {
-    const float *attention_norm;      /* (D) */
-    const float *wq, *wk, *wv, *wo;   /* (D, D), (KV hd, D), (KV hd, D), (D, D) */
-    const float *ffn_norm;            /* (D) */
-    const float *w_gate, *w_up, *w_down; /* (F, D), (F, D), (D, F) */
-} Layer;
-
-/* One layer's matrices as right matrices of a product; q, k, v and gate, up each as one. */
-typedef struct {
-    float *qkv, *o, *gu, *down;
-} Packed;
+#include "kernels.h"
 
 typedef struct {
     const Shape *s;
@@ -30,13 +13,13 @@ typedef struct {
     float *joined; /* (n_threads, max(D + 2 KV hd, 2F), D): matrices side by side */
 } Packing;
 
-STATIC long joined_size(const Shape *s) {
+static long joined_size(const Shape *s) {
     long E = qkv_dim(s), F = s->hidden_dim;
     return s->dim * (E > 2 * F ? E : 2 * F);
 }
 
 /* Pack some layers' weights: w^T for y = x w^T in the forward pass, w for dx = dy w in backward. */
-STATIC void pack_layers(void *task, int thread, int n_threads) {
+static void pack_layers(void *task, int thread, int n_threads) {
     Packing *p = task;
     const Shape *s = p->s;
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim, kv = (E - D) / 2;
@@ -64,7 +47,7 @@ STATIC void pack_layers(void *task, int thread, int n_threads) {
 }
 
 /* Packed weights of all layers, taken from pool; NULL if memory is short. */
-STATIC Packed *pack_weights(const Shape *s, const Layer *layers, int backward, int n_threads,
+Packed *pack_weights(const Shape *s, const Layer *layers, int backward, int n_threads,
                             Pool *pool) {
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim;
     Packed *packed = (Packed *)grab(pool, s->n_layers * (long)(sizeof(Packed) / sizeof(float)));
@@ -80,4 +63,3 @@ STATIC Packed *pack_weights(const Shape *s, const Layer *layers, int backward, i
     return packed;
 }
 
-#endif

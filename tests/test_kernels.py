@@ -1,0 +1,463 @@
+"""kernels/: C and PyTorch compute the same numbers, and the path taken is always said.
+
+The judge is model.py in float64. Tolerance: float32 keeps 24 bits, and a sum of a thousand products
+loses a few more, so 1e-5 relative to the largest number of a tensor is an error, not rounding; the
+PyTorch path in float32 lies at 1e-6 to 2e-6 on the same tests.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+import model as M
+from kernels import build
+
+TOLERANCE = 1e-5
+FOLDER = Path(kernels.__file__).parent
+
+try:
+    build.load_library()
+    COMPILED = ""
+except OSError as e:
+    COMPILED = str(e)
+needs_c = pytest.mark.skipif(bool(COMPILED), reason=COMPILED)
+
+#                     D  L  H KV  F   V  context: sizes that differ, and none a multiple of 8
+ODD = M.ModelConfig(36, 3, 6, 2, 53, 203, 64)
+SMALLEST = M.ModelConfig(2, 1, 1, 1, 1, 3, 16)
+ONE_KV = M.ModelConfig(50, 2, 5, 1, 29, 67, 64)
+DEEP_K = M.ModelConfig(20, 1, 10, 10, 801, 67, 64)  # F beyond what a panel is cut into
+
+
+@pytest.fixture(autouse=True)
+def back_to_torch():
+    yield
+    kernels.choose("torch")
+
+
+def network(config, seed=0, gain=3.0):
+    """A network far from its initial symmetry: weights `gain` times larger, norms not 1."""
+    net = M.Llama(config).init_weights(seed)
+    rng = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        with torch.no_grad():
+            if p.dim() == 1:
+                p.add_(0.2 * torch.randn(p.shape, generator=rng))
+            else:
+                p.mul_(gain)
+    return net
+
+
+def in_float64(net):
+    twin = M.Llama(net.config).double()
+    twin.load_state_dict(net.state_dict())
+    return twin
+
+
+def random_tokens(config, *shape, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, shape, generator=rng)
+
+
+def assert_near(ours, exact, what, floor=1e-30):
+    error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=floor)
+    assert error < TOLERANCE, f"{what}: error {error:.1e} of the largest number"
+
+
+def trunk_and_gradients(net, tokens, lengths=None, segments=None):
+    """hidden and the gradient of every parameter, for a loss that weighs all outputs unequally."""
+    net.zero_grad()
+    hidden = kernels.trunk(net, tokens, lengths, segments)
+    weights = torch.arange(hidden.numel(), dtype=torch.float64).sin().view(hidden.shape)
+    (hidden * weights.to(hidden.dtype)).sum().backward()
+    names = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    return {"hidden": hidden.detach(), **names}
+
+
+# ------------------------------------------------------------------------------------ trunk
+
+
+@needs_c
+@pytest.mark.parametrize("config, B, T", [(ODD, 4, 37), (ONE_KV, 2, 25), (SMALLEST, 3, 7),
+                                          (DEEP_K, 2, 17), (ODD, 1, 1)])
+@pytest.mark.parametrize("rows", ["full", "padded", "packed", "padded and packed"])
+def test_trunk_and_all_its_gradients_are_those_of_float64(config, B, T, rows):
+    net, tokens = network(config), random_tokens(config, B, T)
+    lengths = torch.tensor([T, 1, 0, T // 2])[:B] if "padded" in rows else None
+    segments = (torch.arange(B * T).view(B, T) * 3 // T) if "packed" in rows else None
+    exact = trunk_and_gradients(in_float64(net), tokens, lengths, segments)
+    kernels.choose("c")
+    ours = trunk_and_gradients(net, tokens, lengths, segments)
+    assert ours.keys() == exact.keys()
+    floor = 1e-3 * max(v.abs().max() for v in exact.values())  # with one key, dq is 0 exactly
+    for name, value in exact.items():
+        assert_near(ours[name], value, name, floor)
+
+
+@needs_c
+def test_segments_may_be_interleaved():
+    net, tokens = network(ODD), random_tokens(ODD, 2, 61)
+    segments = torch.arange(2 * 61).view(2, 61) * 7 % 3  # 0 1 2 0 1 2 ...
+    exact = trunk_and_gradients(in_float64(net), tokens, None, segments)
+    kernels.choose("c")
+    ours = trunk_and_gradients(net, tokens, None, segments)
+    for name, value in exact.items():
+        assert_near(ours[name], value, name)
+
+
+@needs_c
+@pytest.mark.parametrize("kind", ["c", "torch"])
+def test_padding_reads_as_zero_and_changes_nothing(kind):
+    kernels.choose(kind)
+    net, tokens = network(ODD), random_tokens(ODD, 3, 20)
+    lengths = torch.tensor([20, 4, 11])
+    pad = torch.arange(20) >= lengths[:, None]
+    first = trunk_and_gradients(net, tokens, lengths)
+    second = trunk_and_gradients(net, tokens.masked_fill(pad, 5), lengths)
+    assert first["hidden"][pad].abs().max() == 0
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@needs_c
+def test_a_packed_row_equals_its_documents_alone():
+    """Positions go on counting in a packed row; RoPE only looks at distances, so nothing shows."""
+    kernels.choose("c")
+    net, tokens = network(ODD), random_tokens(ODD, 1, 40)
+    packed = kernels.trunk(net, tokens, None, torch.tensor([[0] * 13 + [1] * 27]))
+    alone = torch.cat([kernels.trunk(net, tokens[:, :13]), kernels.trunk(net, tokens[:, 13:])], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+@needs_c
+def test_no_token_looks_to_its_right():
+    kernels.choose("c")
+    net, tokens = network(ODD), random_tokens(ODD, 1, 50)
+    changed = tokens.clone()
+    changed[0, 30] = (changed[0, 30] + 1) % ODD.vocab_size
+    a, b = kernels.trunk(net, tokens), kernels.trunk(net, changed)
+    assert torch.equal(a[:, :30], b[:, :30]) and not torch.equal(a[:, 30:], b[:, 30:])
+
+
+@needs_c
+def test_the_same_call_gives_the_same_bits_on_two_threads():
+    kernels.choose("c")
+    net, tokens = network(ODD), random_tokens(ODD, 5, 30)
+    torch.set_num_threads(2)
+    try:
+        runs = [trunk_and_gradients(net, tokens) for _ in range(3)]
+    finally:
+        torch.set_num_threads(1)
+    single = trunk_and_gradients(net, tokens)
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]) and torch.equal(value, runs[2][name]), name
+        assert_near(value, single[name].double(), name)
+
+
+@needs_c
+def test_without_gradients_the_same_bits_come_out():
+    kernels.choose("c")
+    net, tokens = network(ODD), random_tokens(ODD, 2, 30)
+    kept = kernels.trunk(net, tokens)
+    with torch.no_grad():
+        assert torch.equal(kernels.trunk(net, tokens), kept.detach())
+
+
+@needs_c
+def test_frozen_parameters_get_no_gradient_and_micro_batches_add_up():
+    kernels.choose("c")
+    net, tokens = network(ODD), random_tokens(ODD, 4, 20)
+    net.layers[1].requires_grad_(False)
+    whole = trunk_and_gradients(net, tokens)
+    assert not [n for n in whole if n.startswith("layers.1.")] and "layers.0.ffn_norm.weight" in whole
+    net.zero_grad()
+    for half in tokens.split(2):
+        kernels.trunk(net, half).sum().backward()
+    twice = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    kernels.trunk(net, tokens).sum().backward()
+    for name, p in net.named_parameters():
+        if p.grad is not None:
+            assert_near(twice[name], p.grad.double(), name)
+
+
+@needs_c
+def test_a_second_backward_pass_is_refused_and_not_wrong():
+    kernels.choose("c")
+    hidden = kernels.trunk(network(ODD), random_tokens(ODD, 2, 9))
+    hidden.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        hidden.sum().backward()
+
+
+@needs_c
+def test_weights_changed_before_the_backward_pass_are_noticed():
+    kernels.choose("c")
+    net = network(ODD)
+    hidden = kernels.trunk(net, random_tokens(ODD, 2, 9))
+    with torch.no_grad():
+        net.layers[0].attention.wq.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()
+
+
+@needs_c
+def test_a_number_that_is_not_finite_reaches_the_loss():
+    kernels.choose("c")
+    net, tokens = network(ODD), random_tokens(ODD, 2, 9)
+    for name in ("tok_embeddings.weight", "layers.1.attention.wq.weight",
+                 "layers.0.feed_forward.w_gate.weight", "output.weight"):
+        broken = network(ODD)
+        with torch.no_grad():
+            broken.get_parameter(name).fill_(float("nan"))
+        logp = kernels.token_logprobs(kernels.trunk(broken, tokens), broken.output.weight, tokens,
+                                      torch.ones(2, 9))
+        assert logp.sum().isnan(), name
+
+
+@needs_c
+@pytest.mark.parametrize("tokens, lengths, segments, what", [
+    ((1, 65), None, None, "do not fit the context of 64"),
+    ((2, 5), [5, 6], None, "lengths .* do not fit"),
+    ((2, 5), [5], None, "lengths .* do not fit"),
+    ((2, 5), None, (2, 6), "segments have shape"),
+])
+def test_what_does_not_fit_is_one_clear_line(tokens, lengths, segments, what):
+    kernels.choose("c")
+    lengths = None if lengths is None else torch.tensor(lengths)
+    segments = None if segments is None else torch.zeros(segments, dtype=torch.long)
+    with pytest.raises(ValueError, match=what):
+        kernels.trunk(network(ODD), random_tokens(ODD, *tokens), lengths, segments)
+
+
+# ----------------------------------------------------------------------- log-probabilities
+
+
+def head_and_gradients(hidden, weight, targets, mask, temperature):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logp = kernels.token_logprobs(hidden, weight, targets, mask, temperature)
+    (logp * torch.arange(logp.numel()).cos().view(logp.shape)).sum().backward()
+    return {"logp": logp.detach(), "hidden": hidden.grad, "weight": weight.grad}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("c", marks=needs_c), "torch"])
+@pytest.mark.parametrize("B, T, D, V, every, temperature", [
+    (3, 17, 36, 203, 2, 0.7),  # half of the positions
+    (2, 131, 20, 131, 1, 1.0),  # more rows than one tile has, and more columns
+    (1, 400, 7, 2, 3, 2.0),
+    (2, 3, 5, 1, 1, 1.0),  # one token: log p = 0
+    (1, 5, 130, 515, 5, 0.1),  # a single position
+])
+def test_log_probabilities_are_those_of_float64(kind, B, T, D, V, every, temperature, monkeypatch):
+    """float64 by the definition itself; logits of order 10, so some probabilities are tiny."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, D, generator=rng)
+    weight = torch.randn(V, D, generator=rng) * 10 / D**0.5
+    targets = torch.randint(0, V, (B, T), generator=rng)
+    mask = (torch.arange(B * T) % every == 0).view(B, T)
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    exact = (h @ w.t() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0] * mask
+    (exact * torch.arange(B * T).cos().view(B, T)).sum().backward()
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 5 * V)  # PyTorch: several chunks
+    kernels.choose(kind)
+    ours = head_and_gradients(hidden, weight, targets.masked_fill(~mask, -100), mask, temperature)
+    assert_near(ours["logp"], exact.detach(), "logp")
+    assert_near(ours["hidden"], h.grad, "gradient of hidden")
+    assert_near(ours["weight"], w.grad, "gradient of the weight")
+    assert ours["logp"].dtype == torch.float32 and ours["logp"][~mask].abs().sum() == 0
+    assert ours["hidden"][~mask].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", [pytest.param("c", marks=needs_c), "torch"])
+def test_no_position_chosen_is_zero_with_a_zero_gradient(kind):
+    kernels.choose(kind)
+    got = head_and_gradients(torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3).long(),
+                             torch.zeros(2, 3), 1.0)
+    assert got["logp"].abs().sum() == 0 and got["hidden"].abs().sum() == 0
+
+
+@needs_c
+def test_huge_logits_neither_overflow_nor_lose_the_answer():
+    """The target's logit is 5e4 above all others: log p = 0. The least likely one: -1e5."""
+    kernels.choose("c")
+    weight = torch.tensor([[1.0], [0.0], [-1.0]]).repeat(1, 4)
+    hidden = torch.full((1, 2, 4), 12500.0)
+    logp = kernels.token_logprobs(hidden, weight, torch.tensor([[0, 2]]), torch.ones(1, 2))
+    assert logp.tolist() == [[0.0, -100000.0]]
+
+
+@needs_c
+def test_a_target_outside_the_vocabulary_is_refused():
+    kernels.choose("c")
+    with pytest.raises(ValueError, match="outside the vocabulary 0..4"):
+        kernels.token_logprobs(torch.randn(1, 2, 4), torch.randn(5, 4), torch.tensor([[1, 5]]),
+                               torch.ones(1, 2))
+
+
+# --------------------------------------------------------------------------------- rollouts
+
+TALKER = M.ModelConfig(48, 2, 6, 3, 75, 211, 600)
+
+
+def rollouts(prompts, new, **options):
+    """The same rollout by both paths."""
+    net = network(TALKER, gain=6.0)  # decided enough that rounding does not choose tokens
+    kernels.choose("torch")
+    expected = kernels.rollout(net, prompts, new, **options)
+    kernels.choose("c")
+    return kernels.rollout(net, prompts, new, **options), expected
+
+
+def assert_same_rollout(ours, expected):
+    assert ours[0] == expected[0]
+    for a, b in zip(ours[1], expected[1]):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-4)
+
+
+@needs_c
+def test_500_greedy_tokens_are_those_of_pytorch():
+    assert_same_rollout(*rollouts([[1, 2, 3]], 500, temperature=0.0))
+
+
+@needs_c
+@pytest.mark.parametrize("options", [
+    dict(temperature=1.0, seed=-3), dict(temperature=0.6, top_p=0.9, seed=2**31),
+    dict(temperature=1.0, row_ids=[9, 3, 5, 2**40, 8]), dict(temperature=1.3, top_p=0.0),
+])
+def test_rows_of_different_lengths_draw_the_tokens_that_pytorch_draws(options):
+    prompts = [random_tokens(TALKER, n, seed=n).tolist() for n in (1, 30, 8, 17, 23)]
+    ours, expected = rollouts(prompts, 40, **options)
+    assert_same_rollout(ours, expected)
+
+
+@needs_c
+def test_a_row_ends_with_the_stop_token_and_the_others_go_on():
+    prompts = [random_tokens(TALKER, n, seed=n).tolist() for n in (4, 30, 8)]
+    (free, _), _ = rollouts(prompts, 40)
+    stop = free[1][10]
+    (tokens, logps), expected = rollouts(prompts, 40, stop=stop)
+    assert_same_rollout((tokens, logps), expected)
+    cut = [row.index(stop) + 1 if stop in row else 40 for row in free]
+    assert cut[1] <= 11 and tokens == [row[:n] for row, n in zip(free, cut)]
+
+
+@needs_c
+def test_a_row_ends_where_the_context_ends():
+    prompts = [random_tokens(TALKER, n).tolist() for n in (599, 590)]
+    (tokens, _), expected = rollouts(prompts, 20)
+    assert tokens == expected[0] and [len(t) for t in tokens] == [1, 10]
+
+
+@needs_c
+def test_a_row_draws_the_same_alone_as_in_a_batch_on_two_threads():
+    net = network(TALKER)
+    kernels.choose("c")
+    prompts = [random_tokens(TALKER, n, seed=n).tolist() for n in (5, 16, 3)]
+    torch.set_num_threads(2)
+    try:
+        together, _ = kernels.rollout(net, prompts, 30, seed=4)
+    finally:
+        torch.set_num_threads(1)
+    alone = [kernels.rollout(net, [p], 30, seed=4, row_ids=[i])[0][0]
+             for i, p in enumerate(prompts)]
+    assert together == alone
+
+
+@needs_c
+def test_rollout_and_update_agree_on_the_log_probability():
+    """PPO's ratio starts at 1: what the rollout says it drew is what the trainer computes."""
+    net = network(TALKER)
+    kernels.choose("c")
+    prompt = [4, 5, 6]
+    (row,), (logp,) = kernels.rollout(net, [prompt], 50, temperature=0.8)
+    tokens = torch.tensor([prompt + row])
+    again = kernels.token_logprobs(kernels.trunk(net, tokens[:, :-1]), net.output.weight,
+                                   tokens[:, 1:], torch.ones(1, 52), temperature=0.8)
+    torch.testing.assert_close(again[0, 2:], torch.tensor(logp), rtol=1e-4, atol=1e-4)
+
+
+@needs_c
+def test_rollouts_refuse_what_model_rollout_refuses():
+    kernels.choose("c")
+    for prompts, what in (([], "no prompts"), ([[1], []], "prompt 1 has 0 tokens"),
+                          ([[211]], "outside 0..210"), ([[1] * 600], "prompt 0 has 600")):
+        with pytest.raises(ValueError, match=what):
+            kernels.rollout(network(TALKER), prompts, 5)
+    assert kernels.rollout(network(TALKER), [[1]], 0) == ([[]], [[]])
+
+
+# ------------------------------------------------------------------------- which path, and why
+
+
+@needs_c
+def test_the_line_says_which_path():
+    assert kernels.choose("c").startswith("kernels: C (")
+    assert kernels.choose("torch") == "kernels: PyTorch, as asked"
+    assert "not on cuda" in kernels.choose("auto", "cuda")
+    with pytest.raises(ValueError, match="not on cuda"):
+        kernels.choose("c", "cuda")
+    with pytest.raises(ValueError, match="choose auto, c or torch"):
+        kernels.choose("fast")
+
+
+@needs_c
+def test_under_torchrun_it_is_pytorch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in kernels.choose("auto")
+
+
+@needs_c
+def test_a_model_that_c_cannot_take_runs_in_pytorch_and_says_so_once(capsys):
+    kernels.choose("c")
+    net, tokens = in_float64(network(ODD)), random_tokens(ODD, 2, 9)
+    assert kernels.trunk(net, tokens).dtype == torch.float64
+    kernels.trunk(net, tokens)
+    assert capsys.readouterr().out.count("float64 on cpu") == 1
+
+
+CRASHES = "#!/bin/sh\nkill -SEGV $$\n"
+REFUSES = "#!/bin/sh\necho 'fatal error: no such thing' >&2\nexit 1\n"
+MAKES_RUBBISH = ("#!/bin/sh\nwhile [ $# -gt 0 ]; do if [ $1 = -o ]; then echo rubbish > $2; fi; "
+                 "shift; done\n")
+
+
+@pytest.mark.parametrize("script, what", [(CRASHES, "does not work"), (REFUSES, "no such thing"),
+                                          (MAKES_RUBBISH, "fails its own test"),
+                                          (None, "no C compiler found")])
+def test_a_compiler_that_is_missing_or_broken_is_one_line(script, what, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if script:
+        (tmp_path / "cc").write_text(script)
+        (tmp_path / "cc").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    build.load_library.cache_clear()
+    try:
+        line = kernels.choose("auto")
+        assert line.startswith("kernels: PyTorch (") and what in line and "\n" not in line
+        with pytest.raises(ValueError, match="--kernels auto falls back"):
+            kernels.choose("c")
+    finally:
+        build.load_library.cache_clear()
+    assert not list(tmp_path.glob("cache/**/*.so"))
+
+
+@needs_c
+def test_two_processes_may_compile_at_once(tmp_path):
+    """Both end well, and one library is left."""
+    code = ("import importlib.util as u, sys; s = u.spec_from_file_location('build', sys.argv[1]); "
+            "b = u.module_from_spec(s); s.loader.exec_module(b); "
+            "b.FLAGS = [f.replace('-O3', '-O0') for f in b.FLAGS]; print(b.compile_library())")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    started = [subprocess.Popen([sys.executable, "-c", code, str(FOLDER / "build.py")],
+                                env=environment, stdout=subprocess.PIPE, text=True)
+               for _ in range(2)]
+    answers = {p.communicate(timeout=300)[0].strip() for p in started}
+    assert [p.returncode for p in started] == [0, 0] and len(answers) == 1
+    assert [str(p) for p in tmp_path.rglob("*") if p.is_file()] == list(answers)
