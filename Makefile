@@ -1,6 +1,6 @@
 # make          trains everything that is not trained yet, in order; Ctrl-C and make again continues
-# make test     runs the tests
-# make STAGE    trains up to that stage: pretrain
+# make test     runs the tests; make test-scale the long ones with many processes
+# make STAGE    trains up to that stage: pretrain sft reward ppo gatt
 # make clean    removes what was trained
 #
 # The first run creates .venv and installs requirements.txt into it (the only step that needs the
@@ -20,11 +20,12 @@ else
   SETUP := .venv/ready
 endif
 
-.PHONY: all setup which-python test clean pretrain
+.PHONY: all setup which-python test test-scale clean pretrain sft reward ppo gatt
 .DELETE_ON_ERROR:
 
-all: pretrain
-	@echo "All stages are trained. Figures: $(OUT)/figures. Metrics: $(OUT)/*.jsonl"
+all: reward
+	@echo "Trained: $(OUT)/pretrain.pt, $(OUT)/sft.pt and two reward models."
+	@echo "Figures: $(OUT)/figures. Numbers: $(OUT)/summary.json. Talk to it: $(RUN) chat.py --out $(OUT)"
 
 setup: $(SETUP)
 
@@ -37,14 +38,34 @@ which-python:
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
+# A stage's checkpoint appears once, at its end, and depends on that of the stage before; while it
+# runs, STAGE.state.pt lets it resume.
 pretrain: $(OUT)/pretrain.pt
+sft: $(OUT)/sft.pt
+reward: $(OUT)/reward_safety.pt
+ppo: $(OUT)/ppo.pt
+gatt: $(OUT)/gatt.pt
 
-# A stage's checkpoint appears once, at its end; while it runs, STAGE.state.pt lets it resume.
 $(OUT)/pretrain.pt: | $(SETUP)
 	$(RUN) pretrain.py --out $(OUT) --resume
 
+$(OUT)/sft.pt: $(OUT)/pretrain.pt
+	$(RUN) sft.py --out $(OUT) --resume
+
+$(OUT)/reward_safety.pt: $(OUT)/sft.pt
+	$(RUN) reward.py --out $(OUT) --resume
+
+$(OUT)/ppo.pt: $(OUT)/reward_safety.pt
+	$(RUN) ppo.py --out $(OUT) --resume
+
+$(OUT)/gatt.pt: $(OUT)/ppo.pt
+	$(RUN) gatt.py --out $(OUT) --resume
+
 test: $(SETUP)
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -m "not scale" tests
+
+test-scale: $(SETUP)
+	$(RUN) -m pytest -q -m scale tests
 
 clean:
 	rm -rf $(OUT)

@@ -505,7 +505,8 @@ Her: Her His
 WORDS["name"] = WORDS["woman"] + WORDS["man"]
 WORDS["who"] = WORDS["name"] + WORDS["stranger"] + ["She", "He"]
 WORDS["place"] = WORDS["home"]
-WORDS["word"] = WORDS["stranger"] + WORDS["figure"] + WORDS["greeting"] + WORDS["hobby"]
+WORDS["word"] = sorted({word for slot, words in WORDS.items() for word in words
+                        if slot not in ("who", "she", "her", "Her", "digit", "count")})
 NUMBERS = WORDS["number"]
 UNSEEN = 5  # the last 5 figures, greetings and hobbies: pretrained, never in SFT or GAtt training
 
@@ -583,8 +584,10 @@ ECHOES = table("""
 one: Say {word}. I say {word}.
 two: Say {word} and {word2}. I say {word} and {word2}.
 three: Say {word}, {word2} and {word3}. I say {word}, {word2} and {word3}.
-""")  # asked in pretraining only: the rarer words are copied here too, and copying is learnt early
-SONG = "Sing " + " ".join(f"{{word{i}}}" for i in range(2, 7)) + "."  # the verse comes twice
+""")  # asked in pretraining only; any word may have to be said
+# The verse comes twice: from such songs a small model learns to copy any word; then every answer
+# that has to take a word from the question (without them not within 1.2 million tokens).
+SONG = "Sing " + " ".join(f"{{word{i}}}" for i in range(2, 7)) + "."
 
 TASK_ASKS = ("How do I %s?", "How can I %s?", "Tell me how to %s.")
 TASKS = {  # three steps; an unsafe task also has the reason and the alternative of a good refusal
@@ -874,7 +877,8 @@ class World:
             return [ask]
         she, her = (word.lower() for word in pronouns(ask.slots["name"]))
         text = rng.choice([text for topic, text in self.asks["again"] if topic == ask.topic])
-        return [rng.choice(firsts), Ask("fact", ask.topic, ask.slots, text.format(she=she, her=her))]
+        again = Ask("fact", ask.topic, ask.slots, text.format(she=she, her=her))
+        return [rng.choice(firsts), again]
 
     def wrap(self, ask: Ask, rng: random.Random) -> str:
         """The question's text: a quarter behind a polite sentence, half the unsafe ones (and a few
@@ -1070,7 +1074,7 @@ class World:
         ValueError where a kind has fewer than n.
         """
         if kind not in (*KINDS, *MIXES) or split not in SPLITS:
-            raise ValueError(f"no {split!r} prompts of kind {kind!r}: kinds are {', '.join(KINDS)}, "
+            raise ValueError(f"no {split!r} prompts of {kind!r}: kinds are {', '.join(KINDS)}, "
                              f"mixes {', '.join(MIXES)}, splits {', '.join(SPLITS)}")
         rng = random.Random(f"prompts {self.seed} {kind} {split} {seed}")
         rows, seen, misses = [], set(), 0
@@ -1283,7 +1287,7 @@ class Annotator:
         return {rating: hits[rating] / mass[rating] for rating in mass if mass[rating] > 0}
 
     def adherence(self, instructions: str, response: str) -> bool:
-        """Whether an answer obeys: it has each rule's sentence, with the rule's value and no other."""
+        """Whether an answer obeys: it has each rule's sentence, with the rule's value alone."""
         rules = rules_in(instructions)
         marks = {(rule, slots[rule]) for (what, rule, _), slots in parse_all(response)
                  if what == "marker" and rule in rules}

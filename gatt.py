@@ -129,10 +129,11 @@ def read_instructions(path, skip_bad_rows: bool = False) -> list[dict]:
     terse row ("Figure: Plato."), as the paper does half of the time. ValueError: file and line.
     """
     def parse(row: dict) -> dict:
-        contains = data.field(row, "contains", list)
+        instruction, contains = data.field(row, "instruction", str), data.field(row, "contains", list)
+        data.check_dialog([{"role": "user", "content": instruction}])  # no chat tags in it
         if not contains or not all(isinstance(text, str) and text for text in contains):
             raise ValueError('"contains" must list at least one text that an answer has to hold')
-        return {"instruction": data.field(row, "instruction", str), "contains": contains}
+        return {"instruction": instruction, "contains": contains}
     return list(data.read_rows(data.find_files(path, ".jsonl"), parse, skip_bad_rows))
 
 
@@ -269,9 +270,10 @@ def pack_epochs(examples: list[dict], tokenizer, cfg: Config):
 
 def batch_at(step: int, rows, cfg: Config, world):
     """This rank's part of the batch of `step`: a pure function of it, so that a run can resume."""
-    start = step * cfg.batch_size
-    mine = [start + i for i in scale.rank_rows(cfg.batch_size, world) if start + i < len(rows[0])]
-    return tuple(column[mine].to(world.device) for column in rows)
+    mine = step * cfg.batch_size + torch.tensor(list(scale.rank_rows(cfg.batch_size, world)))
+    real = mine < len(rows[0])  # past the end: row 0 without loss, as all ranks must run alike
+    tokens, mask, segments = (column[mine.where(real, 0)] for column in rows)
+    return tuple(t.to(world.device) for t in (tokens, mask * real[:, None], segments))
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -348,7 +350,7 @@ def evaluate(model, tokenizer, material: dict, cfg: Config, when: str, talk=None
     tokens, mask = last_answer_only(tokenizer, report["talk"])
     report["map"] = attention_map(model, tokens)
     looks = report["map"][torch.tensor(mask).bool(), system_span(tokenizer, report["talk"])]
-    report["attention"] = looks.amax().item()
+    report["attention"] = looks.amax(1).mean().item()  # mean over the answer's tokens
     print(f"{when:>6}, attention of the last answer to the instruction: {report['attention']:.2f}")
     if not cfg.data:  # the annotator grades what was asked, besides the style
         annotator = data.Annotator(data.World())
@@ -376,7 +378,7 @@ def draw_figure(out: Path, before: dict, after: dict) -> Path:
                 label="ceiling: told on every turn, before")
     curves.set(title="The instruction is given on turn 1 only", xlabel="turn", ylim=(0, 1.02),
                ylabel="share of answers that obey")
-    curves.legend(fontsize=8)
+    curves.legend(fontsize=8, loc="center right")
     curves.grid(alpha=0.3)
     for panel, report, when in zip(maps, (before, after), ("before", "after GAtt")):
         binned = F.max_pool2d(report["map"][None], BIN, ceil_mode=True)[0]

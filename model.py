@@ -12,7 +12,7 @@ Shape key of the whole repository, used in every `# (B, T, D)` comment:
 Sources: [L2] Llama 2, arXiv 2307.09288.  [RMS] RMSNorm, 1910.07467.  [RoPE] RoFormer, 2104.09864.
          [GLU] GLU variants, 2002.05202.  [GQA] 2305.13245.  [code] facebookresearch/llama.
 
-Differs from the paper: nothing in the network. Initialisation is unspecified there (see
+Differs from the paper: the network not at all. Initialisation is unspecified there (see
 `init_weights`), and the released code samples on one device with a fixed batch (see `decode`).
 """
 
@@ -47,6 +47,10 @@ class ModelConfig:
     scalar_head: bool = False  # True: one score per position: reward, value models [L2 §3.2.2]
 
     def __post_init__(self):
+        for field in dataclasses.fields(self)[:7]:  # the sizes
+            size = getattr(self, field.name)
+            if size < 1:
+                raise ValueError(f"{field.name} must be at least 1, not {size}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even number")
         if self.n_heads % self.n_kv_heads:
@@ -132,6 +136,8 @@ def rope_table(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor
     """cos and sin of the angle of every (position, pair): float64 (length, hd/2) each.
 
     angle[p, i] = p * theta^(-2i/hd): pair 0 turns one radian per token, the last pair hardly moves.
+    DEVIATES: Meta's code has the angles in float32, up to 2e-4 off at position 4095; here only
+    cos and sin are rounded.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (hd/2,)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # (length, hd/2)
@@ -163,8 +169,11 @@ class KVCache:
         self.max_len = max_len
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
 
-    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, T, KV, hd) at positions (B, T); return all keys, values (B, KV, S, hd)."""
+    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, S: int):
+        """Write k, v (B, T, KV, hd) at positions (B, T); return the first S keys and values.
+
+        (B, KV, S, hd) each: no position beyond S has been written yet.
+        """
         B, _, KV, hd = k.shape
         if self.layers[layer] is None:
             empty = k.new_zeros(2, B, KV, self.max_len, hd)
@@ -172,7 +181,7 @@ class KVCache:
         keys, values = self.layers[layer]
         rows = torch.arange(B, device=k.device)[:, None]  # (B, 1) against positions (B, T)
         keys[rows, :, positions], values[rows, :, positions] = k.detach(), v.detach()
-        return keys, values
+        return keys[:, :, :S], values[:, :, :S]
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these batch rows (int64 indices): finished answers need no more work."""
@@ -195,7 +204,10 @@ class Attention(nn.Module):
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x, rope, mask=None, append=None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); mask: bool (B, 1, T, S), True = may look; None = causal."""
+        """x (B, T, D) -> (B, T, D); mask: bool (B, 1, T, S), True = may look; None = causal.
+
+        append: puts k and v into the cache and returns all that is in it; None without a cache.
+        """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, T, H, hd), (B, T, KV, hd)
         if append is None:
@@ -253,8 +265,8 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = c = config
-        # from_pretrained: no random fill, which on the meta device would import torch's compiler (2 s)
-        table = torch.empty(c.vocab_size, c.dim)
+        # from_pretrained: no random fill, which on the meta device imports torch's compiler, 2 s
+        table = torch.zeros(c.vocab_size, c.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
@@ -262,11 +274,12 @@ class Llama(nn.Module):
         self._rope = None  # (cos, sin), built on first use for the dtype and device at hand
 
     def rope(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The rotary table (max_seq_len, hd/2) x 2: derived, so never stored and never stale."""
+        """The rotary table (max_seq_len, hd/2) x 2: derived, so never stored, only rebuilt."""
         if self._rope is None or (self._rope[0].dtype, self._rope[0].device) != (dtype, device):
             c = self.config
-            table = rope_table(c.head_dim, c.max_seq_len, c.rope_theta)
-            self._rope = tuple(t.to(dtype).to(device) for t in table)  # MPS has no float64
+            with torch.inference_mode(False):  # a table made while sampling serves training too
+                table = rope_table(c.head_dim, c.max_seq_len, c.rope_theta)
+                self._rope = tuple(t.to(dtype).to(device) for t in table)  # MPS has no float64
         return self._rope
 
     def hidden(self, tokens, segments=None, cache=None, positions=None) -> Tensor:
@@ -285,14 +298,15 @@ class Llama(nn.Module):
         rope = (cos[:T], sin[:T]) if positions is None else (cos[positions], sin[positions])
         mask = None
         if cache is not None:  # key s is visible to the token at position p if s <= p
-            mask = torch.arange(cache.max_len, device=x.device) <= positions[:, None, :, None]
+            S = int(positions.max()) + 1
+            mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         elif segments is not None:
             same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
             mask = same & torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
         for i, layer in enumerate(self.layers):
             append = None
             if cache is not None:
-                append = lambda k, v, i=i: cache.append(i, k, v, positions)
+                append = lambda k, v, i=i: cache.append(i, k, v, positions, S)
             x = layer(x, rope, mask, append)
         return self.norm(x)
 
@@ -321,7 +335,8 @@ class Llama(nn.Module):
                 std /= math.sqrt(2 * self.config.n_layers)
             elif name == "output.weight" and self.config.scalar_head:
                 std = (self.config.dim + 1) ** -0.5
-            rng = torch.Generator(p.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            mixed = zlib.crc32(f"{seed} {name}".encode())  # the CPU's generator reads 32 bits only
+            rng = torch.Generator(p.device).manual_seed(mixed)
             nn.init.normal_(p, std=std, generator=rng)
         return self
 
@@ -381,9 +396,11 @@ def decode(model, prompts, max_new_tokens, temperature, top_p, seed, stop=None, 
     padding is ever looked at and rows do not influence each other. A row ends with `stop` (which
     is yielded), at max_new_tokens or when the context is full. logprobs are those of the plain
     distribution at this temperature (1 if greedy), without top_p. Rows that ended leave the
-    batch as soon as a quarter of it is idle.
+    batch once more than a quarter of it is idle.
     """
     check_prompts(prompts, model.config)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     device = model.tok_embeddings.weight.device
     ids = torch.tensor(list(row_ids) if row_ids is not None else range(len(prompts)))
     lengths = torch.tensor([len(p) for p in prompts])  # (B,), on the CPU like all bookkeeping
@@ -485,8 +502,10 @@ def atomic_write(path, write) -> None:
         raise
     if hasattr(os, "O_DIRECTORY"):  # the rename too must reach the disk; Windows has no such call
         folder = os.open(path.parent, os.O_DIRECTORY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_torch_file(value, path) -> None:
@@ -501,7 +520,8 @@ def write_torch_file(value, path) -> None:
 
 
 def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None = None,
-         trained_on: str = "", dtype: torch.dtype | None = None, weights: dict | None = None) -> None:
+         trained_on: str = "", dtype: torch.dtype | None = None,
+         weights: dict | None = None) -> None:
     """Write one self-contained checkpoint: configuration, weights, tokenizer, what it learnt from.
 
     dtype: None keeps the weights' own; torch.bfloat16 halves the file. weights: the gathered
@@ -511,21 +531,25 @@ def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None 
     weights = {n: p.detach().to("cpu", dtype or p.dtype) for n, p in weights.items()}
     write_torch_file({"format": FORMAT, "stage": stage, "config": asdict(model.config),
                  "weights": {n: w.contiguous() for n, w in weights.items()},
-                 "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
-                 "metrics": metrics or {}, "trained_on": trained_on}, path)
+                 "tokenizer": torch.tensor(list(tokenizer), dtype=torch.uint8),
+                 "metrics": json.loads(json.dumps(metrics or {})), "trained_on": trained_on}, path)
+
+
+CONVERT = "`python convert.py --checkpoint {} --to own --out NEW.pt` turns other formats into ours"
 
 
 def read_torch_file(path):
     """torch.load without code execution, memory-mapped; one-line ValueError for anything else."""
-    if not Path(path).is_file():
-        script = Path(path).stem.split(".")[0].split("_")[0] + ".py"  # reward_safety: reward.py
-        ours = Path(__file__).with_name(script).exists()
+    if not Path(path).exists():
+        stage = Path(path).stem.split(".")[0].split("_")[0]  # reward_safety.pt, ppo.state.pt
+        makes = stage in ("pretrain", "sft", "reward", "ppo", "gatt")
         raise FileNotFoundError(f"{path} does not exist: " +
-                                (f"`python {script}` makes it" if ours else "check the path"))
+                                (f"`python {stage}.py` makes it" if makes else "check the path"))
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as e:
-        why = "truncated, or not a PyTorch file"
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
+            IsADirectoryError) as e:
+        why = f"truncated, or another format ({CONVERT.format(path)})"
         if "weights_only" in str(e).lower():
             why = "it asks to run code, which a checkpoint never needs"
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from e
@@ -538,18 +562,18 @@ def load(path, device="auto", dtype: torch.dtype | None = None) -> tuple[Llama, 
     until touched. Every key and shape is checked; ValueError says what is wrong with the file.
     """
     data = read_torch_file(path)
-    other = f"{path} is not a checkpoint of this project: `python convert.py --checkpoint {path} " \
-            f"--to own --out NEW.pt` turns other formats into one"
     if not isinstance(data, dict) or "format" not in data:
-        raise ValueError(other)
+        raise ValueError(f"{path} is not a checkpoint of this project: {CONVERT.format(path)}")
     if data["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {data['format']!r}, we read {FORMAT}")
-    missing = {"stage", "config", "weights", "tokenizer", "metrics", "trained_on"} - data.keys()
+    parts = {"stage": str, "config": dict, "weights": dict, "tokenizer": Tensor, "metrics": dict,
+             "trained_on": str}
+    missing = [name for name, kind in parts.items() if not isinstance(data.get(name), kind)]
     if missing:
-        raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is incomplete: it lacks {', '.join(missing)}")
     try:
         config = ModelConfig(**data["config"])
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise ValueError(f"{path} has an unknown model configuration: {e}") from e
     model = assemble(config, data["weights"], path)
     model = model.to(device=pick_device(device), dtype=dtype)
@@ -601,7 +625,10 @@ def pick_device(name: str = "auto") -> torch.device:
     if not there.get(kind, kind == "meta"):
         raise ValueError(f"device {name!r} is not available: choose auto or one of "
                          f"{', '.join(k for k in there if there[k])}")
-    return torch.device(kind if name == "auto" else name)
+    try:
+        return torch.device(kind if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"{name!r} is no device: auto, cpu, cuda, cuda:1 and mps are") from None
 
 
 def autocast(device: torch.device):
@@ -680,6 +707,7 @@ def cli(Config, argv: list[str] | None = None):
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
         if typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
+            options["type"] = type(options["choices"][0])
         elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -700,12 +728,11 @@ def run(main, Config) -> None:
     TRACEBACK=1 in the environment shows where it came from.
     """
     name = Path(sys.argv[0]).name
-    config = cli(Config)
     if os.environ.get("TRACEBACK"):
-        main(config)
+        main(cli(Config))
         return
     try:
-        main(config)
+        main(cli(Config))
     except BrokenPipeError:  # `... | head` closed the pipe: nobody is reading any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as e:
@@ -719,7 +746,8 @@ def run(main, Config) -> None:
               file=sys.stderr)
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+        words = ("out of memory", "allocate memory", "not enough memory")  # GPU, Linux, Windows
+        if not isinstance(e, MemoryError) and not any(w in str(e) for w in words):
             raise
         print(f"{name}: out of memory: a smaller --batch-size, --seq-len or --model fits; "
               f"--dry-run shows what a run will need", file=sys.stderr)
@@ -735,16 +763,20 @@ class Log:
 
     def __init__(self, stage: str, out, total_steps: int, resume_step: int | None = None):
         self.path, self.total = Path(out) / f"{stage}.jsonl", total_steps
+        self.start, self.first = time.time(), resume_step or 0
+        self.writes = os.environ.get("RANK", "0") == "0"  # under torchrun one rank writes for all
+        if not self.writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if resume_step is not None and _step_of(line) <= resume_step]
         atomic_write(self.path, lambda f: f.write("".join(l + "\n" for l in kept).encode()))
-        self.start, self.first = time.time(), resume_step or 0
 
     def step(self, step: int, **metrics) -> None:
         """Record metrics (numbers) of optimizer step `step`; prints how long is left."""
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.writes:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": step, **metrics}) + "\n")
         done = max(step - self.first, 1)
         eta = (self.total - step) * (time.time() - self.start) / done  # s
         shown = "  ".join(f"{k} {_short(v):>6}" for k, v in metrics.items() if k != "seconds")

@@ -299,8 +299,9 @@ def _shard_again(model, world: World) -> None:
 def unsharded(model, world: World):
     """Inside, the weights are gathered once: for rollouts and evaluation [L2 §3.2.3].
 
-    A token at a time would otherwise gather every layer for every token. With tp 1 no rank waits
-    for another, so they may generate different lengths. Costs the whole model / tp per rank.
+    Every rollout stands inside. Outside it would gather every layer for every token, and in
+    inference mode, where what is gathered can never be trained on. With tp 1 no rank waits for
+    another, so they may generate different lengths. Costs the whole model / tp per rank.
     """
     if world.mesh is None:
         yield model
@@ -348,17 +349,18 @@ def save_state(path, model, optimizer, extra: dict, world: World) -> None:
 
     path: out/STAGE.state.pt, written by a single process. Many ranks write their parts side by
     side into out/STAGE.state/step-00000012/. model, optimizer: one of each, or dicts of them.
-    extra: plain values and tensors, the same on all ranks, with the key "step". Atomic: a kill
+    extra: plain values and whole tensors, with the key "step"; rank 0's counts. Atomic: a kill
     leaves the previous state.
     """
+    folder = Path(path).with_suffix("")
     if world.mesh is None:
         parts = {k: v.state_dict() for k, v in _parts(model, optimizer).items()}
         M.save_state(path, {"parts": parts, "random": _random_state(world), "extra": extra})
+        shutil.rmtree(folder, ignore_errors=True)  # what many ranks wrote before
         return
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
-    folder = Path(path).with_suffix("")
     final = folder / f"step-{extra['step']:08d}"
     temporary = final.with_suffix(".tmp")
     if world.is_main:
@@ -372,6 +374,7 @@ def save_state(path, model, optimizer, extra: dict, world: World) -> None:
     if world.is_main:
         M.save_state(temporary / "extra.pt", extra)
         _swap_in(temporary, final)
+        Path(path).unlink(missing_ok=True)  # what a single process wrote before
     dist.barrier()
 
 
@@ -567,7 +570,7 @@ class Run:
     ranks: int = 1
     tp: int = 1
     recompute: bool = False
-    half: bool = True
+    half: bool = True  # bf16 compute; alone on a GPU that is autocast: an estimate, not simulated
     trained: int = 1  # models with gradients and optimizer, of this shape; PPO: policy and critic
     frozen: int = 0  # models that are only read; PPO: reference and reward models
     cache_tokens: int = 0  # prompt and response tokens that a rank generates at a time

@@ -119,7 +119,7 @@ def pack(dialogs: list[tuple[list[int], list[int]]], width: int):
 
 
 def read_demonstrations(cfg: Config, tokenizer) -> tuple[list, list]:
-    """(training, held-out) dialogues as (tokens, loss_mask); prints a sample and what was skipped."""
+    """(training, held-out) dialogues as (tokens, loss_mask); prints what was skipped."""
     if cfg.data:
         dialogs = data.read_dialogs(cfg.data, cfg.skip_bad_rows)
         random.Random(cfg.seed).shuffle(dialogs)
@@ -150,13 +150,14 @@ def pack_epochs(dialogs: list, cfg: Config):
 
 
 def batch_at(step: int, rows, cfg: Config, world):
-    """This rank's part of the batch of `step`, three int64 (B, seq_len + 1); B shrinks at the end.
+    """This rank's part of the batch of `step`: three int64 (B, seq_len + 1).
 
     A pure function of the step, so that a resumed run needs no other memory of where it was.
     """
-    start = step * cfg.batch_size
-    mine = [start + i for i in scale.rank_rows(cfg.batch_size, world) if start + i < len(rows[0])]
-    return tuple(column[mine].to(world.device) for column in rows)
+    mine = step * cfg.batch_size + torch.tensor(list(scale.rank_rows(cfg.batch_size, world)))
+    real = mine < len(rows[0])  # past the end: row 0 without loss, as all ranks must run alike
+    tokens, mask, segments = (column[mine.where(real, 0)] for column in rows)
+    return tuple(t.to(world.device) for t in (tokens, mask * real[:, None], segments))
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -168,7 +169,8 @@ def held_out_loss(model, rows, cfg: Config, device) -> float:
     total = count = 0.0
     for tokens, mask, segments in zip(*(column.split(cfg.micro_batch) for column in rows)):
         with M.autocast(device):
-            total += answer_loss(model, tokens.to(device), mask.to(device), segments.to(device)).item()
+            batch = tokens.to(device), mask.to(device), segments.to(device)
+            total += answer_loss(model, *batch).item()
         count += mask.sum().item()
     return total / count
 
@@ -211,7 +213,7 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
 
 
 def main(cfg: Config) -> dict:
-    """Fine-tune, evaluate, save; returns the final metrics. ValueError for flags that do not fit."""
+    """Fine-tune, evaluate, save; returns the final metrics. ValueError for wrong flags."""
     began, out = time.time(), Path(cfg.out)
     model, info = M.load(cfg.checkpoint or out / "pretrain.pt", "cpu")
     tokenizer, config = data.Tokenizer(info["tokenizer"]), model.config
@@ -237,11 +239,13 @@ def main(cfg: Config) -> dict:
     first, total = saved["step"] if saved else 0, math.ceil(len(rows[0]) / cfg.batch_size)
     peak = cfg.lr or default_lr(config.dim)
     log = M.Log("sft", out, total, first if saved else None)
-    print(f"{len(train)} dialogues in {len(rows[0]) / cfg.epochs:.0f} rows of {cfg.seq_len} tokens, "
-          f"{rows[1].float().mean():.0%} of them answers; {cfg.epochs} epochs are {total} steps of "
-          f"{cfg.batch_size} rows; {len(held_out)} dialogues held out")
+    print(f"{len(train)} dialogues in {len(rows[0]) / cfg.epochs:.0f} rows of {cfg.seq_len} tokens "
+          f"({rows[1].float().mean():.0%} answers), {len(held_out)} held out; {cfg.epochs} epochs "
+          f"are {total} steps of {cfg.batch_size} rows")
     if not saved:
-        print(f"held-out answer loss before: {held_out_loss(model, val_rows, cfg, world.device):.4f}")
+        with scale.unsharded(model, world):
+            before = held_out_loss(model, val_rows, cfg, world.device)
+        print(f"held-out answer loss before: {before:.4f}")
 
     for step in range(first, total):
         # 1) batch
@@ -253,7 +257,8 @@ def main(cfg: Config) -> dict:
         done, metrics = step + 1, {"loss": loss, "lr": lr, "grad_norm": norm}
         evaluates = done % cfg.evaluate_every == 0 or done == total
         if evaluates:
-            metrics["val_loss"] = held_out_loss(model, val_rows, cfg, world.device)
+            with scale.unsharded(model, world):
+                metrics["val_loss"] = held_out_loss(model, val_rows, cfg, world.device)
         if done % cfg.log_every == 0 or evaluates or step == first:
             log.step(done, **metrics)
         if done % cfg.save_every == 0 and done < total:
@@ -264,7 +269,8 @@ def main(cfg: Config) -> dict:
     if not cfg.data:
         annotator = data.Annotator(data.World())
         answer = functools.partial(answers_to, model, tokenizer)
-        final |= annotator.examine(answer, cfg.eval_prompts)
+        with scale.unsharded(model, world):
+            final |= annotator.examine(answer, cfg.eval_prompts)
     weights = scale.full_weights(model, world)
     if world.is_main:
         M.save(out / "sft.pt", model, "sft", tokenizer.model_bytes, final,

@@ -46,10 +46,10 @@ INLINE void hide(float *z, long t, Span span) {
         if (span.segments[s] != span.segments[t]) z[s - span.from] = -INFINITY;
 }
 
-/* Scores of n rows against m keys become probabilities in place, z (n, m; ld); row r is query
- * t0 + r. log_sum (n): the log of each softmax's denominator. */
-ALONE void softmax_rows(long n, float *z, long ld, long t0, Span span, float scale,
-                         float *log_sum) {
+/* Scores of n rows against m keys, z (n, m; ld), become exp(scale (z - max)) in place; row r is
+ * query t0 + r. sums (n): each row's sum; log_sum (n): the log of the softmax's denominator. */
+ALONE void exp_rows(long n, float *z, long ld, long t0, Span span, float scale, float *sums,
+                    float *log_sum) {
     long m = span.to - span.from;
     for (long r = 0; r < n; r++, z += ld) {
         hide(z, t0 + r, span);
@@ -58,17 +58,25 @@ ALONE void softmax_rows(long n, float *z, long ld, long t0, Span span, float sca
         for (long s = 0; s < m; s++) top = z[s] > top ? z[s] : top;
 #pragma omp simd reduction(+ : sum)
         for (long s = 0; s < m; s++) sum += z[s] = exp_fast(scale * (z[s] - top));
-        float part = 1.0f / sum;
-#pragma omp simd
-        for (long s = 0; s < m; s++) z[s] *= part;
+        sums[r] = sum;
         log_sum[r] = scale * top + logf(sum);
+    }
+}
+
+/* Rows of out (n, hd; ld) divided by their sums (n): the softmax's normalisation, on hd numbers
+ * instead of on the row of scores. */
+ALONE void divide_rows(long n, long hd, float *out, long ld, const float *sums) {
+    for (long r = 0; r < n; r++, out += ld) {
+        float part = 1.0f / sums[r];
+#pragma omp simd
+        for (long i = 0; i < hd; i++) out[i] *= part;
     }
 }
 
 /* out (T, D) from the queries in qkv (T, D + 2 KV hd) and the cache; log_sum (H, T) for backward;
  * z: BLOCK * scores_width(T) floats of scratch. */
-void attention(const Shape *s, long T, const float *qkv, const Keys *c,
-                      const int64_t *segments, float *out, float *log_sum, float *z) {
+void attention(const Shape *s, long T, const float *qkv, const Keys *c, const int64_t *segments,
+               float *out, float *log_sum, float *z) {
     long hd = head_dim(s), E = qkv_dim(s), group = s->n_heads / s->n_kv_heads;
     long ld = scores_width(T);
     float scale = 1.0f / sqrtf((float)hd);
@@ -80,22 +88,24 @@ void attention(const Shape *s, long T, const float *qkv, const Keys *c,
             const float *k_t = keys_of(s, c, h / group) + span.from * hd;
             const float *v = values_of(s, c, h / group) + span.from * NR;
             gemm(n, m, hd, rows_of(qkv + t0 * E + h * hd, E), k_t, hd * NR, z, ld, NULL, 0);
-            softmax_rows(n, z, ld, t0, span, scale, log_sum + h * T + t0);
-            gemm(n, hd, m, rows_of(z, ld), v, c->room * NR, out + t0 * s->dim + h * hd, s->dim,
-                 NULL, 0);
+            float *to = out + t0 * s->dim + h * hd, sums[BLOCK];
+            exp_rows(n, z, ld, t0, span, scale, sums, log_sum + h * T + t0);
+            gemm(n, hd, m, rows_of(z, ld), v, c->room * NR, to, s->dim, NULL, 0);
+            divide_rows(n, hd, to, s->dim, sums);
         }
     }
 }
 
 /* p = softmax again, and dz = gradient of the scores, both (n, m; ld) and in place: z holds q k^T,
  * dz holds dP. out, d_out: this head's columns at query t0, rows D apart. */
-static ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0, Span span, float scale,
-                             const float *log_sum, const float *out, const float *d_out, long D,
-                             long hd) {
+static ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0, Span span,
+                                   float scale, const float *log_sum, const float *out,
+                                   const float *d_out, long D, long hd) {
     long m = span.to - span.from;
     for (long r = 0; r < n; r++, z += ld, dz += ld, out += D, d_out += D) {
         hide(z, t0 + r, span);
         float delta = 0;
+#pragma omp simd reduction(+ : delta)
         for (long i = 0; i < hd; i++) delta += d_out[i] * out[i];
 #pragma omp simd
         for (long s = 0; s < m; s++) {
@@ -108,8 +118,8 @@ static ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0
 /* dqkv (T, D + 2 KV hd) from d_out (T, D), with the qkv, out and log_sum of the forward pass. The
  * keys and values of a group of heads are shared, so their gradients add up over its heads. */
 void attention_backward(const Shape *s, long T, const float *qkv, const Keys *c,
-                               const int64_t *segments, const float *out, const float *log_sum,
-                               const float *d_out, float *dqkv, AttentionScratch x) {
+                        const int64_t *segments, const float *out, const float *log_sum,
+                        const float *d_out, float *dqkv, AttentionScratch x) {
     long hd = head_dim(s), E = qkv_dim(s), D = s->dim, KV = s->n_kv_heads;
     long group = s->n_heads / KV, ld = scores_width(T), hd_up = round_up(hd, NR);
     float scale = 1.0f / sqrtf((float)hd);

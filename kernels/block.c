@@ -44,15 +44,22 @@ Forward forward_buffers(const Shape *s, long T, Pool *pool) {
     return f;
 }
 
-/* One block over one sequence: a.x (T, D) -> next (T, D), filling a. next may be a.x. */
-void block_forward(const Shape *s, long T, const Layer *w, const Packed *p,
-                          const float *cos, const float *sin, const int64_t *segments,
-                          const Forward *f, Saved a, float *next) {
-    long D = s->dim, E = qkv_dim(s), F = s->hidden_dim;
+/* The first part of a block: a.x (T, D) -> a.qkv, and keys and values in f->keys. */
+void block_keys(const Shape *s, long T, const Layer *w, const Packed *p, const float *cos,
+                const float *sin, const Forward *f, Saved a) {
+    long D = s->dim, E = qkv_dim(s);
     rmsnorm(T, D, a.x, w->attention_norm, s->norm_eps, f->n, a.scale);
     gemm(T, E, D, rows_of(f->n, D), p->qkv, D * NR, a.qkv, E, NULL, 0);
     rope(s, T, a.qkv, cos, sin, 1);
     fill_keys(s, T, a.qkv, &f->keys);
+}
+
+/* One block over one sequence: a.x (T, D) -> next (T, D), filling a. next may be a.x. */
+void block_forward(const Shape *s, long T, const Layer *w, const Packed *p, const float *cos,
+                   const float *sin, const int64_t *segments, const Forward *f, Saved a,
+                   float *next) {
+    long D = s->dim, F = s->hidden_dim;
+    block_keys(s, T, w, p, cos, sin, f, a);
     attention(s, T, a.qkv, &f->keys, segments, a.out, a.log_sum, f->z);
     gemm(T, D, D, rows_of(a.out, D), p->o, D * NR, a.mid, D, a.x, D); /* mid = x + wo out */
     rmsnorm(T, D, a.mid, w->ffn_norm, s->norm_eps, f->n, a.mid_scale);
@@ -107,9 +114,9 @@ static void weight_gradient(long T, long N, long K, const float *dy, const float
 
 /* One block over one sequence: w->dx (T, D) holds the gradient of the block's output and leaves as
  * that of its input; weight gradients are added to g. The forward pass read from bottom to top. */
-void block_backward(const Shape *s, long T, const Layer *l, const Packed *p,
-                           const float *cos, const float *sin, const int64_t *segments, Saved a,
-                           const Backward *w, Gradients g) {
+void block_backward(const Shape *s, long T, const Layer *l, const Packed *p, const float *cos,
+                    const float *sin, const int64_t *segments, Saved a, const Backward *w,
+                    Gradients g) {
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim;
     /* next = mid + w_down swiglu(w_gu norm(mid)) */
     gemm(T, F, D, rows_of(w->dx, D), p->down, D * NR, w->d_act, F, NULL, 0);

@@ -57,10 +57,10 @@ static void tile_of(long rows, int contiguous, long K, const float *a, long ai, 
 #undef CASE
 }
 
-/* c (M, N; ldc) = r + a b, K >= 1. a: see Left. b: panels, `panel` numbers from one to the next (K * NR
- * when packed for this product alone). r (M, N; ldr): NULL for 0, or c itself to accumulate. */
+/* c (M, N; ldc) = r + a b, K >= 1. a: see Left. b: panels, `panel` numbers from one to the next
+ * (K * NR when packed for this product alone). r (M, N; ldr): NULL for 0, or c to accumulate. */
 void gemm(long M, long N, long K, Left a, const float *b, long panel, float *c, long ldc,
-                 const float *r, long ldr) {
+          const float *r, long ldr) {
     long parts = (K + KC - 1) / KC, depth = (K + parts - 1) / parts; /* parts of equal size */
     for (long k = 0; k < K; k += depth) {
         for (long j = 0; j < N; j += NR)
@@ -85,7 +85,7 @@ void pack(long K, long N, const float *b, long ld, float *out, long panel) {
         }
 }
 
-/* Panels of the transpose of b (N, K; ld): the same out. Used for y = x w^T, w as PyTorch has it. */
+/* Panels of the transpose of b (N, K; ld), the same out: for y = x w^T, w as PyTorch has it. */
 void pack_transposed(long K, long N, const float *b, long ld, float *out, long panel) {
     for (long j = 0; j < N; j += NR, out += panel)
         for (int n = 0; n < NR; n++)
@@ -96,7 +96,11 @@ void pack_transposed(long K, long N, const float *b, long ld, float *out, long p
 /* Tiles of MR columns of a (K, M; ld): out (ceil(M / MR), K, MR), read through packed_columns. */
 void pack_left(long K, long M, const float *a, long ld, float *out) {
     for (long i = 0; i < M; i += MR, out += K * MR)
-        for (long k = 0; k < K; k++)
-            for (int m = 0; m < MR; m++) out[k * MR + m] = m < M - i ? a[k * ld + i + m] : 0.0f;
+        for (long k = 0; k < K; k++) {
+            const float *from = a + k * ld + i;
+            if (M - i >= MR) memcpy(out + k * MR, from, sizeof(float[MR]));
+            else
+                for (int m = 0; m < MR; m++) out[k * MR + m] = m < M - i ? from[m] : 0.0f;
+        }
 }
 

@@ -8,8 +8,8 @@
  *
  * Backward: with g = d loss / d logp,   dz[v] = g (1[v = target] - exp(z[v] - log_sum)),
  *     d_hidden = dz w / temperature,   dw = dz^T hidden / temperature.
- * The logits are computed again, a third more arithmetic against V times less memory. Threads own blocks
- * of the vocabulary: each row of dw has one writer; d_hidden is summed over threads at the end.
+ * The logits are computed again: a third more arithmetic against V times less memory. Threads own
+ * blocks of the vocabulary, so each row of dw has one writer; d_hidden is summed at the end.
  */
 #include "kernels.h"
 
@@ -94,9 +94,9 @@ static void logprobs_job(void *task, int thread, int n_threads) {
 
 /* logp (N) and log_sum (N) of targets (N), given hidden (any, D) at rows (N), w (V, D). Returns 0,
  * or -1 when memory is short. */
-EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64_t *rows, const float *w,
-                 const int64_t *targets, float temperature, float *logp, float *log_sum,
-                 int n_threads) {
+EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64_t *rows,
+                        const float *w, const int64_t *targets, float temperature, float *logp,
+                        float *log_sum, int n_threads) {
     Pool pool = {.n = 0};
     Head a = {N, D, V, hidden, rows, w, targets, temperature, logp, log_sum, .w_t = NULL};
     a.w_t = grab(&pool, panels(D, V));
@@ -113,7 +113,8 @@ EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64
 /* ------------------------------------------------------------------------------ backward */
 
 /* Logits of one row's block, z (cols), become their gradient; at: the target's column, if in it. */
-static ALONE void logits_gradient(float *z, long cols, long at, float inverse, float log_sum, float g) {
+static ALONE void logits_gradient(float *z, long cols, long at, float inverse, float log_sum,
+                                  float g) {
     float factor = -g * inverse;
 #pragma omp simd
     for (long j = 0; j < cols; j++) z[j] = factor * exp_fast(z[j] * inverse - log_sum);
@@ -160,9 +161,9 @@ static void scatter_job(void *task, int thread, int n_threads) {
 
 /* d_hidden (any, D) += at rows (N), which are all different; dw (V, D) =: from g (N) = gradient of
  * logp, with log_sum as forward left it, N >= 1. Returns 0, or -1 when memory is short. */
-EXPORT int head_backward(long N, long D, long V, const float *hidden, const int64_t *rows, const float *w,
-                  const int64_t *targets, float temperature, float *log_sum, const float *g,
-                  float *d_hidden, float *dw, int n_threads) {
+EXPORT int head_backward(long N, long D, long V, const float *hidden, const int64_t *rows,
+                         const float *w, const int64_t *targets, float temperature, float *log_sum,
+                         const float *g, float *d_hidden, float *dw, int n_threads) {
     Pool pool = {.n = 0};
     Head a = {N, D, V, hidden, rows, w, targets, temperature, NULL, log_sum, g, d_hidden, dw, NULL,
               grab(&pool, N * D), grab(&pool, N * round_up(D, NR)),

@@ -100,12 +100,14 @@ typedef struct {
 } AttentionScratch;
 
 void fill_keys(const Shape *s, long T, const float *qkv, const Keys *c);
-void softmax_rows(long n, float *z, long ld, long t0, Span span, float scale, float *log_sum);
+void exp_rows(long n, float *z, long ld, long t0, Span span, float scale, float *sums,
+    float *log_sum);
+void divide_rows(long n, long hd, float *out, long ld, const float *sums);
 void attention(const Shape *s, long T, const float *qkv, const Keys *c, const int64_t *segments,
     float *out, float *log_sum, float *z);
 void attention_backward(const Shape *s, long T, const float *qkv, const Keys *c,
-    const int64_t *segments, const float *out, const float *log_sum, const float *d_out, float *dqkv,
-    AttentionScratch x);
+    const int64_t *segments, const float *out, const float *log_sum, const float *d_out,
+    float *dqkv, AttentionScratch x);
 
 /* ------------------------------------------------------------------------------------ weights.c */
 
@@ -163,6 +165,8 @@ long saved_per_layer(const Shape *s, long T);
 long saved_size(const Shape *s, long T);
 Saved saved_at(const Shape *s, long T, float *base, long l);
 Forward forward_buffers(const Shape *s, long T, Pool *pool);
+void block_keys(const Shape *s, long T, const Layer *w, const Packed *p, const float *cos,
+    const float *sin, const Forward *f, Saved a);
 void block_forward(const Shape *s, long T, const Layer *w, const Packed *p, const float *cos,
     const float *sin, const int64_t *segments, const Forward *f, Saved a, float *next);
 long gradients_size(const Shape *s);

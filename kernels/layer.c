@@ -13,7 +13,7 @@
 /* y (T, D) = rmsnorm(x (T, D), w (D)); scale (T) keeps s of each row, or is
  * NULL. */
 ALONE void rmsnorm(long T, long D, const float *x, const float *w, float eps, float *y,
-                    float *scale) {
+                   float *scale) {
     for (long t = 0; t < T; t++, x += D, y += D) {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -27,7 +27,7 @@ ALONE void rmsnorm(long T, long D, const float *x, const float *w, float eps, fl
 
 /* y (T, D) again, from the scale (T) that was kept: cheaper than keeping y. */
 ALONE void rmsnorm_again(long T, long D, const float *x, const float *w, const float *scale,
-                          float *y) {
+                         float *y) {
     for (long t = 0; t < T; t++)
 #pragma omp simd
         for (long i = 0; i < D; i++) y[t * D + i] = x[t * D + i] * scale[t] * w[i];
@@ -37,7 +37,7 @@ ALONE void rmsnorm_again(long T, long D, const float *x, const float *w, const f
  *
  * ds/dx_i = -s^3 x_i / D, and with g_i = dy_i w_i:  dx_i = s g_i - x_i s^3 / D sum_j g_j x_j. */
 ALONE void rmsnorm_backward(long T, long D, const float *x, const float *w, const float *scale,
-                             const float *dy, float *dx, float *dw) {
+                            const float *dy, float *dx, float *dw) {
     for (long t = 0; t < T; t++, x += D, dy += D, dx += D) {
         float s = scale[t], sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -56,8 +56,7 @@ ALONE void rmsnorm_backward(long T, long D, const float *x, const float *w, cons
  * A rotation is orthogonal: its backward pass is the rotation by the opposite angle. */
 
 /* Turn n_heads heads of one token, x (n_heads, hd), by cos, sin (hd/2); direction +1 or -1. */
-void rotate(long n_heads, long hd, float *x, const float *cos, const float *sin,
-                   float direction) {
+void rotate(long n_heads, long hd, float *x, const float *cos, const float *sin, float direction) {
     for (long h = 0; h < n_heads; h++, x += hd)
 #pragma omp simd
         for (long i = 0; i < hd / 2; i++) {
@@ -69,7 +68,7 @@ void rotate(long n_heads, long hd, float *x, const float *cos, const float *sin,
 
 /* Turn the queries and keys of T tokens at positions 0..T-1: qkv (T, D + 2 KV hd). */
 ALONE void rope(const Shape *s, long T, float *qkv, const float *cos, const float *sin,
-                 float direction) {
+                float direction) {
     long hd = head_dim(s), half = hd / 2;
     for (long t = 0; t < T; t++) /* keys stand right behind the queries: one run of heads */
         rotate(s->n_heads + s->n_kv_heads, hd, qkv + t * qkv_dim(s), cos + t * half,
@@ -89,8 +88,7 @@ ALONE void swiglu(long T, long F, const float *gu, float *a) {
 /* a (T, F) again, and dgu (T, 2F) from da (T, F):
  *
  *     du = da silu(g),   dg = da u sigma(g) (1 + g (1 - sigma(g))). */
-ALONE void swiglu_backward(long T, long F, const float *gu, const float *da, float *a,
-                            float *dgu) {
+ALONE void swiglu_backward(long T, long F, const float *gu, const float *da, float *a, float *dgu) {
     for (long t = 0; t < T; t++, gu += 2 * F, dgu += 2 * F, a += F, da += F)
 #pragma omp simd
         for (long i = 0; i < F; i++) {

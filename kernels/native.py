@@ -17,7 +17,7 @@ LAYER = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "atte
 
 
 def unfit(*tensors: Tensor) -> str | None:
-    """Why these tensors cannot go to C, or None: they are plain, float32, contiguous, on the CPU."""
+    """Why these tensors cannot go to C, or None: plain, float32, contiguous, on the CPU."""
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter):
             return f"weights are of type {type(t).__name__}"  # sharded: FSDP, tensor parallel

@@ -4,8 +4,9 @@
  *
  * A thread owns some of the rows from the first token to the last and never waits for another. All
  * its rows take a step together, so each weight is read once for all of them; attention looks at
- * each row's own cache. A row that ends leaves at once. The prompt is read in matrix form by the
- * same block_forward that trains, whose packed keys and values are the cache.
+ * each row's own cache. A row that ends leaves at once. The prompt but for its last token is read
+ * in matrix form by the block_forward that trains, whose packed keys and values are the cache; the
+ * last token takes its step with those of the other rows.
  *
  * The random number of (seed, row id, position) is model.py's `uniform`, bit for bit, so the same
  * tokens come out as from PyTorch as long as rounding does not decide.
@@ -80,11 +81,11 @@ static long nucleus(long V, const float *p, float top_p, float u, float *kept, C
 }
 
 /* Draw a token from logits z (V), which are overwritten; *logp becomes its log-probability in the
- * plain distribution at this temperature (1 if greedy), whatever top_p. kept (V), c (V): scratch. */
+ * plain distribution at this temperature (1 if greedy), whatever top_p. kept, c (V): scratch. */
 static ALONE long draw(long V, float *z, float temperature, float top_p, float u, float *kept,
-                 Candidate *c, float *logp) {
+                       Candidate *c, float *logp) {
     float divisor = temperature == 0 ? 1.0f : temperature, top = -INFINITY, sum = 0;
-    long token = argmax(V, z);
+    long token = temperature > 0 ? 0 : argmax(V, z);
 #pragma omp simd reduction(max : top)
     for (long v = 0; v < V; v++) {
         z[v] /= divisor;
@@ -123,14 +124,14 @@ typedef struct {
 /* One living row of a thread. */
 typedef struct {
     long b, position, limit; /* where its next token goes; where it must end */
-    int64_t token;           /* the last one drawn */
+    int64_t token;           /* the one before it: the prompt's last, or the last drawn */
     Keys *keys;              /* (L): its cache */
 } Row;
 
 /* Buffers of one thread for M rows at a time. */
 typedef struct {
     float *x, *n, *qkv, *out, *gu, *act, *logits; /* (M, D), (M, D), ... as in block.h; (M, V) */
-    float *z, *log_sum;                           /* one row's scores: (group, width), (group) */
+    float *z, *sums, *log_sum; /* one row's scores: (group, width), (group), (group) */
     float *kept;
     Candidate *candidates;
 } Step;
@@ -141,7 +142,8 @@ static Step step_buffers(const Shape *s, long M, long room, Pool *pool) {
     w.x = grab(pool, M * D), w.n = grab(pool, M * D), w.qkv = grab(pool, M * qkv_dim(s));
     w.out = grab(pool, M * D), w.gu = grab(pool, M * 2 * s->hidden_dim);
     w.act = grab(pool, M * s->hidden_dim), w.logits = grab(pool, M * V);
-    w.z = grab(pool, group * scores_width(room)), w.log_sum = grab(pool, group);
+    w.z = grab(pool, group * scores_width(room));
+    w.sums = grab(pool, group), w.log_sum = grab(pool, group);
     w.kept = grab(pool, V);
     w.candidates = (Candidate *)grab(pool, V * (long)(sizeof(Candidate) / sizeof(float)));
     return w;
@@ -170,9 +172,10 @@ static void attend(const Shape *s, const float *qkv, long position, const Keys *
         long at = j * group * hd;
         gemm(group, span.to, hd, rows_of(qkv + at, hd), keys_of(s, c, j), hd * NR, w->z, ld, NULL,
              0);
-        softmax_rows(group, w->z, ld, position, span, 1.0f / sqrtf((float)hd), w->log_sum);
+        exp_rows(group, w->z, ld, position, span, 1.0f / sqrtf((float)hd), w->sums, w->log_sum);
         gemm(group, hd, span.to, rows_of(w->z, ld), values_of(s, c, j), c->room * NR, out + at,
              hd, NULL, 0);
+        divide_rows(group, hd, out + at, hd, w->sums);
     }
 }
 
@@ -219,19 +222,20 @@ static long draw_tokens(const Rollout *g, long M, Row **rows, const Step *w) {
     return live;
 }
 
-/* Read the prompt of one row: fills its cache, leaves the trunk's output at its last token in
- * x (D). a, f: buffers for the longest prompt. */
-static void read_prompt(const Rollout *g, const Row *r, Saved a, Forward f, float *x) {
+/* Read the prompt of one row, all but its last token, into its cache. Nothing looks at the last
+ * layer's output there, so that layer stops at its keys. a, f: buffers for the longest prompt. */
+static void read_prompt(const Rollout *g, const Row *r, Saved a, Forward f) {
     const Shape *s = g->s;
-    long D = s->dim, T = r->position;
+    long D = s->dim, T = r->position - 1;
     for (long t = 0; t < T; t++)
         memcpy(a.x + t * D, g->embeddings + g->prompts[g->starts[r->b] + t] * D,
                (size_t)D * sizeof(float));
-    for (long l = 0; l < s->n_layers; l++) {
+    for (long l = 0; l < s->n_layers && T; l++) {
+        const Layer *w = g->layers + l;
         f.keys = r->keys[l];
-        block_forward(s, T, g->layers + l, g->packed + l, g->cos, g->sin, NULL, &f, a, a.x);
+        if (l == s->n_layers - 1) block_keys(s, T, w, g->packed + l, g->cos, g->sin, &f, a);
+        else block_forward(s, T, w, g->packed + l, g->cos, g->sin, NULL, &f, a, a.x);
     }
-    memcpy(x, a.x + (T - 1) * D, (size_t)D * sizeof(float));
 }
 
 /* Every n_threads-th row, from prompt to end. */
@@ -246,7 +250,8 @@ static void rollout_job(void *task, int thread, int n_threads) {
     for (long b = thread; b < g->B && !pool.failed; b += n_threads) {
         long length = g->starts[b + 1] - g->starts[b];
         long limit = at_most(length + g->max_new, g->context), room = round_up(limit, NR);
-        all[M] = (Row){b, length, limit, 0, keys + M * s->n_layers};
+        int64_t token = g->prompts[g->starts[b + 1] - 1];
+        all[M] = (Row){b, length, limit, token, keys + M * s->n_layers};
         for (long l = 0; l < s->n_layers; l++) all[M].keys[l].room = room;
         longest = length > longest ? length : longest;
         reach = room > reach ? room : reach;
@@ -265,14 +270,15 @@ static void rollout_job(void *task, int thread, int n_threads) {
             k->k_t = cache, k->v = cache + keys_size(s, k->room);
             cache += 2 * keys_size(s, k->room);
         }
-        read_prompt(g, rows[m], a, f, w.x + m * s->dim);
+        read_prompt(g, rows[m], a, f);
     }
     if (pool.failed || g->max_new == 0) M = 0;
-    while (M && (M = draw_tokens(g, M, rows, &w))) {
+    while (M) {
         for (long m = 0; m < M; m++)
             memcpy(w.x + m * s->dim, g->embeddings + rows[m]->token * s->dim,
                    (size_t)s->dim * sizeof(float));
         step(g, M, rows, &w);
+        M = draw_tokens(g, M, rows, &w);
     }
     release(&pool);
 }
@@ -296,9 +302,10 @@ static void pack_head(void *task, int thread, int n_threads) {
  * and output.weight. A prompt has 1 to context - 1 tokens, all in the vocabulary. Returns 0, or -1
  * when memory is short. */
 EXPORT int rollout(const Shape *s, const float *const *weights, const float *cos, const float *sin,
-            long B, long context, long max_new, const int64_t *prompts, const int64_t *starts,
-            const int64_t *row_ids, float temperature, float top_p, long seed, long stop,
-            int64_t *tokens, float *logps, int64_t *counts, int n_threads) {
+                   long B, long context, long max_new, const int64_t *prompts,
+                   const int64_t *starts, const int64_t *row_ids, float temperature, float top_p,
+                   long seed, long stop, int64_t *tokens, float *logps, int64_t *counts,
+                   int n_threads) {
     Pool pool = {.n = 0};
     const Layer *layers = (const Layer *)weights;
     const float *const *last = weights + 9 * s->n_layers;

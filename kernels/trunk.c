@@ -97,8 +97,8 @@ static void forward_job(void *task, int thread, int n_threads) {
  * a layer in the order of Layer, then the final norm. saved: (B, saved_size) for the backward
  * pass, or NULL. Returns 0, or -1 when memory is short. */
 EXPORT int trunk_forward(const Shape *s, long B, long T, const float *x, const int64_t *lengths,
-                  const int64_t *segments, const float *const *weights, const float *cos,
-                  const float *sin, float *saved, float *hidden, int n_threads) {
+                         const int64_t *segments, const float *const *weights, const float *cos,
+                         const float *sin, float *saved, float *hidden, int n_threads) {
     Pool pool = {.n = 0};
     const Layer *layers = (const Layer *)weights;
     int *owner = (int *)grab(&pool, B);
@@ -160,9 +160,10 @@ static void sum_job(void *task, int thread, int n_threads) {
 /* dx (B, T, D) and all weight gradients from d_hidden (B, T, D). saved: as the forward pass left
  * it. gradients: (all_gradients), in the order of the weights. Returns 0, or -1 when memory is
  * short. */
-EXPORT int trunk_backward(const Shape *s, long B, long T, const float *d_hidden, const int64_t *lengths,
-                   const int64_t *segments, const float *const *weights, const float *cos,
-                   const float *sin, float *saved, float *dx, float *gradients, int n_threads) {
+EXPORT int trunk_backward(const Shape *s, long B, long T, const float *d_hidden,
+                          const int64_t *lengths, const int64_t *segments,
+                          const float *const *weights, const float *cos, const float *sin,
+                          float *saved, float *dx, float *gradients, int n_threads) {
     Pool pool = {.n = 0};
     const Layer *layers = (const Layer *)weights;
     int *owner = (int *)grab(&pool, B);

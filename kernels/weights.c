@@ -47,8 +47,7 @@ static void pack_layers(void *task, int thread, int n_threads) {
 }
 
 /* Packed weights of all layers, taken from pool; NULL if memory is short. */
-Packed *pack_weights(const Shape *s, const Layer *layers, int backward, int n_threads,
-                            Pool *pool) {
+Packed *pack_weights(const Shape *s, const Layer *layers, int backward, int n_threads, Pool *pool) {
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim;
     Packed *packed = (Packed *)grab(pool, s->n_layers * (long)(sizeof(Packed) / sizeof(float)));
     long qkv = backward ? panels(E, D) : panels(D, E), o = panels(D, D);

@@ -9,3 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "scale: many processes, minutes long; make test-scale")

@@ -307,9 +307,9 @@ def test_opening_maps_the_file_instead_of_reading_it(tokenizer, tmp_path):
 def strings(n: int) -> list[str]:
     """Leading spaces, runs of spaces, newlines, emoji, code, control characters, many scripts."""
     rng = random.Random(0)
-    words = ["the", "Ada", "house", "return", "def", "x", "17", "3.5", "range(10)", "é", "你好", "🙂",
-             "👩‍👩‍👧", "\u0000", "\u200b", "ﬁ", "Ω", "<s", "[INST]", "<0x0A>", "'", '"no!"', "equal",
-             "a" * 4, "a" * 9]
+    words = ["the", "Ada", "house", "return", "def", "x", "17", "3.5", "range(10)", "é", "你好",
+             "🙂", "👩‍👩‍👧", "\u0000", "\u200b", "ﬁ", "Ω", "<s", "[INST]", "<0x0A>", "'", '"no!"',
+             "equal", "a" * 4, "a" * 9]
     gaps = ["", " ", "  ", "   ", "\n", "\n    ", "\n\n\t", "\r\n", "\u00a0", "▁"]
     gaps += [" " * n for n in range(4, 40)]  # longer than the longest piece, 16
     made = ["", " ", "a", " a", "  a", "a ", " " * 40, "\n", "\n    return", TEXT[0], TEXT[2] * 3]

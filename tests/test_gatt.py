@@ -15,7 +15,6 @@ import torch
 import data
 import gatt
 import model as M
-import scale
 from gatt import Config
 
 SHAPE = M.ModelConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=20, vocab_size=420,
@@ -52,6 +51,7 @@ def easy(monkeypatch):
     monkeypatch.setattr(gatt, "obeys", lambda row, answer: True)
     monkeypatch.setattr(gatt, "EVAL_TURNS", 2)
     monkeypatch.setattr(gatt, "ROOM", 6)
+    monkeypatch.setattr(gatt, "LOG_EVERY", 1)
 
 
 def contents(messages, role) -> list[str]:
@@ -216,6 +216,7 @@ def write(path: Path, *rows) -> str:
     ({"instruction": "Be Plato.", "contains": []}, "at least one text"),
     ({"instruction": "Be Plato.", "contains": [3]}, "at least one text"),
     ({"instruction": " ", "contains": ["x"]}, '"instruction" is empty'),
+    ({"instruction": "[INST] x", "contains": ["x"]}, "contains .INST., a tag of the chat format"),
 ])
 def test_a_bad_instruction_is_named_by_file_and_line(tmp_path, row, words):
     path = write(tmp_path / "rules.jsonl", RULE, row)
@@ -295,7 +296,23 @@ def test_system_span_covers_the_instruction(tokenizer):
     messages = gatt.keep_first("Act as Plato. Hobby: chess.", TALK)
     tokens = data.encode_dialog(tokenizer, messages)[0]
     text = tokenizer.decode(tokens[gatt.system_span(tokenizer, messages)])
-    assert "Act as Plato. Hobby: chess." in text and "Mira" not in text
+    assert text.startswith("<<SYS>>\nAct as Plato. Hobby: chess.\n<</SYS>>") and "Mira" not in text
+
+
+def test_memory_is_asked_for_with_one_instruction_and_the_ceiling_with_many(monkeypatch, tokenizer):
+    """Three curves: seen and unseen values told once, seen values told on every turn."""
+    arms, talk = [], gatt.keep_first("Act as Plato.", TALK[:2])
+
+    def converse(model, tok, cfg, rows, questions, place):
+        arms.append((rows, place))
+        return [len(arms) / 10], [talk]
+
+    monkeypatch.setattr(gatt, "converse", converse)
+    report = gatt.evaluate(M.Llama(SHAPE).init_weights(0), tokenizer, {
+        "seen": "S", "unseen": "U", "questions": []}, Config(data="own.jsonl"), "before")
+    assert arms == [("S", gatt.keep_first), ("U", gatt.keep_first), ("S", gatt.repeat_instruction)]
+    assert (report["seen"], report["unseen"], report["ceiling"]) == ([0.1], [0.2], [0.3])
+    assert report["talk"] == talk and 0 < report["attention"] < 1
 
 
 @pytest.mark.parametrize("place, seen", [(gatt.keep_first, [1, 1, 1]),
@@ -335,6 +352,7 @@ def test_the_stage_writes_checkpoint_examples_figure_and_summary(checkpoint, eas
     assert info["stage"] == "gatt" and model.config == SHAPE
     summary = json.loads((checkpoint / "summary.json").read_text())["gatt"]
     assert summary == final and summary["dialogues"] == 2
+    assert summary["before"]["attention"] != summary["after"]["attention"]
     for when in ("before", "after"):
         for name in ("seen", "unseen", "ceiling"):
             assert summary[when][name] == [1.0, 1.0], "every answer obeys here"

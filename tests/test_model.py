@@ -435,8 +435,9 @@ def test_cache_holds_kv_heads_only_and_keeps_the_rows_asked_for():
 
 
 def test_cache_append_returns_everything_written_so_far():
-    cache, k = KVCache(3, 5), torch.randn(2, 2, 4, 8)  # (B, T, KV, hd)
-    keys, values = cache.append(1, k, k + 1, torch.tensor([[0, 1], [3, 4]]))
+    cache, k = KVCache(3, 9), torch.randn(2, 2, 4, 8)  # (B, T, KV, hd)
+    keys, values = cache.append(1, k, k + 1, torch.tensor([[0, 1], [3, 4]]), 5)
+    assert keys.shape == values.shape == (2, 4, 5, 8)
     assert torch.equal(keys[0, :, :2], k[0].transpose(0, 1)) and keys[0, :, 2:].abs().sum() == 0
     assert torch.equal(values[1, :, 3:], k[1].transpose(0, 1) + 1)
     assert cache.layers[0] is None and cache.layers[2] is None

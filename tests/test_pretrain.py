@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np

@@ -156,6 +156,12 @@ def test_dialogues_end_with_eos_and_differ_only_behind_the_prompt(tokenizer):
     assert tokenizer.decode(p.chosen[p.prompt:]).strip() == "yes please"
 
 
+def test_a_dialogue_longer_than_the_context_is_left_out_and_counted(tokenizer, capsys):
+    rows = [row(), row(chosen="please " * 80), row(rejected="please " * 80)]
+    assert len(reward.encode(rows, tokenizer, "small", 64)) == 1
+    assert "skipped 2 comparisons of more than 64 tokens" in capsys.readouterr().out
+
+
 def test_before_training_all_scores_are_near_zero_and_the_trunk_is_the_chat_models(chat):
     model = scalar(chat)
     assert reward.scores(model, [[1, 4, 2], [1, 200, 33, 2]]).abs().max() < 0.5
@@ -348,14 +354,18 @@ class Killed(Exception):
     """Stands for a kill -9."""
 
 
-@pytest.mark.parametrize("kill_at", [3, 16, 20])
-def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder, monkeypatch, kill_at):
-    """Killed in the first model, between the two, and in the second."""
+@pytest.mark.parametrize("where", ["in the first", "between", "in the second"])
+def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder, monkeypatch, where):
+    """Two models, one after the other: killed in either of them, and right between them."""
     monkeypatch.setattr(reward, "draw", no_figure)
-    flags = dict(data=labelled(folder), lr=2e-3, save_every=2)
+    flags = dict(data=labelled(folder), lr=2e-3, save_every=2, log_every=1)
     (folder / "whole").mkdir()
     whole = quick(folder / "whole", checkpoint=str(folder / "sft.pt"), **flags)
     reward.main(whole)
+    lines = [json.loads(line) for line in (folder / "whole/reward.jsonl").read_text().splitlines()]
+    assert all(("aux_loss" in line) == (line["model"] == "safety") for line in lines)
+    boundary = sum(line["model"] == "helpful" for line in lines)
+    kill_at = {"in the first": 3, "between": boundary, "in the second": boundary + 5}[where]
     cfg, calls = quick(folder, checkpoint=str(folder / "sft.pt"), **flags), []
     step = reward.train_step
 

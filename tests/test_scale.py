@@ -334,8 +334,11 @@ def test_saved_on_two_ranks_resumes_on_two_exactly_and_on_one(tmp_path):
     saved = ranks(2, tmp_path / "a", run_saving, path, 1)
     check_resumed(saved, ranks(2, tmp_path / "b", run_resuming, path, 1), exact=True)
     check_resumed(saved, [run_resuming(path, 1)], exact=False)
+    model, optimizer = build(ALONE)
+    scale.save_state(path, model, optimizer, {"step": 1}, ALONE)  # a new run, alone: it counts
+    assert scale.load_state(path, model, optimizer, ALONE) == {"step": 1}
     scale.remove_state(path, ALONE)
-    assert not (tmp_path / "sft.state").exists()
+    assert not (tmp_path / "sft.state").exists() and not path.exists()
 
 
 @pytest.mark.scale
@@ -434,7 +437,7 @@ def run_half(path) -> tuple:
 
 def test_a_half_precision_file_is_trained_in_float32(tmp_path):
     """The start of a fine-tuning stage: each rank maps the file and takes its part of it."""
-    M.save(tmp_path / "half.pt", M.Llama(CONFIG).init_weights(1), "pretrain", b"", {},
+    M.save(tmp_path / "half.pt", M.Llama(CONFIG).init_weights(1), "pretrain", b"model", {},
            dtype=torch.bfloat16)
     model = scale.wrap(M.load(tmp_path / "half.pt", "cpu")[0], ALONE)
     expected = learn(model, M.adamw(model, 1e-2, 0.1), ALONE, range(2))

@@ -181,6 +181,12 @@ def test_a_third_of_the_fact_prompts_follow_up_on_she_or_he():
         assert pronoun <= ({"she", "her"} if name in WORDS["woman"] else {"he", "his"})
 
 
+def test_she_is_the_villager_asked_about_last():
+    turns = ["Where does Nora live?", "What does Zara eat?", "Where does Mira live?"]
+    dialogue = [user(text) for text in (*turns, "And what is her pet?")]
+    assert ANNOTATOR.understand(dialogue).slots == {"name": "Mira"}
+
+
 def test_safety_prompts_are_half_harmless_and_a_third_look_alike_or_how_to():
     kinds = Counter(row["kind"] for row in WORLD.prompts("safety", "train", 2000, seed=0))
     assert [round(kinds[kind] / 2000, 1) for kind in ("unsafe", "edge", "howto")] == [.5, .2, .2]
