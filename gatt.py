@@ -129,7 +129,8 @@ def read_instructions(path, skip_bad_rows: bool = False) -> list[dict]:
     terse row ("Figure: Plato."), as the paper does half of the time. ValueError: file and line.
     """
     def parse(row: dict) -> dict:
-        instruction, contains = data.field(row, "instruction", str), data.field(row, "contains", list)
+        instruction = data.field(row, "instruction", str)
+        contains = data.field(row, "contains", list)
         data.check_dialog([{"role": "user", "content": instruction}])  # no chat tags in it
         if not contains or not all(isinstance(text, str) and text for text in contains):
             raise ValueError('"contains" must list at least one text that an answer has to hold')
