@@ -1074,8 +1074,9 @@ class World:
         ValueError where a kind has fewer than n.
         """
         if kind not in (*KINDS, *MIXES) or split not in SPLITS:
-            raise ValueError(f"no {split!r} prompts of {kind!r}: kinds are {', '.join(KINDS)}, "
-                             f"mixes {', '.join(MIXES)}, splits {', '.join(SPLITS)}")
+            raise ValueError(f"no {split!r} prompts of kind {kind!r}: kinds are "
+                             f"{', '.join(KINDS)}, mixes {', '.join(MIXES)}, splits "
+                             f"{', '.join(SPLITS)}")
         rng = random.Random(f"prompts {self.seed} {kind} {split} {seed}")
         rows, seen, misses = [], set(), 0
         while len(rows) < n:

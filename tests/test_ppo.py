@@ -427,7 +427,7 @@ def test_imitation_makes_the_answers_likelier_and_learns_no_prompt(tokenizer):
 
 def test_fresh_comparisons_go_through_reward_py(folder, tokenizer, village, monkeypatch):
     """The child process is played by the same call in this one: real flags, rows and models."""
-    at = places(folder, tokenizer, village, comparisons=90, max_new_tokens=30)
+    at = places(folder, tokenizer, village, comparisons=180, max_new_tokens=30)
     commands = []
 
     def run(command, **_):
