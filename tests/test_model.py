@@ -4,6 +4,7 @@ The trusted twin of the network is written here in NumPy, from the paper's formu
 place of reshapes. Sizes are all different (D 48, H 6, KV 2, hd 8, hd/2 4, F 52, V 37, L 5, context
 19, B 3, T 11), so that a swapped axis cannot pass by luck.
 """
+import contextlib
 import errno
 import functools
 import inspect
@@ -1070,22 +1071,27 @@ def test_a_killed_write_leaves_the_old_file_and_the_next_write_cleans_up(old):
     assert old.read_bytes() == b"new" and os.listdir(old.parent) == ["file.pt"]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """Files cannot grow beyond 4096 bytes: the kernel refuses, as on a full disk."""
+    """Inside, files cannot grow beyond 4096 bytes: the kernel refuses, as on a full disk.
+
+    No longer than the write itself: the test runner's own output may be a file, too.
+    """
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("write", [
     lambda path: M.save(path, llama(), "pretrain", b"tok"),
     lambda path: M.save_state(path, {"x": torch.ones(9999)}),
     lambda path: M.atomic_write(path, lambda f: f.write(b"x" * 9999))])
-def test_a_full_disk_is_one_oserror_and_the_old_file_stays(old, full_disk, write):
-    full_disk()
-    with pytest.raises(OSError) as e:
+def test_a_full_disk_is_one_oserror_and_the_old_file_stays(old, write):
+    with full_disk(), pytest.raises(OSError) as e:
         write(old)
     assert "\n" not in str(e.value)
     assert old.read_bytes() == b"old" and os.listdir(old.parent) == ["file.pt"]
