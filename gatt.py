@@ -334,6 +334,45 @@ def system_span(tokenizer, messages: list[dict]) -> slice:
     return slice(start, start + len(told) - len(plain))
 
 
+@torch.no_grad()
+def beside_the_others(model, tokenizer, cfg: Config) -> dict:
+    """{"kl", "reward_helpful", "reward_safety"} on test prompts of the tiny world, by what OUT has.
+
+    kl: nats per answer from OUT/sft.pt, at temperature 1. Rewards: mean raw scores of the newest
+    reward models, helpfulness on harmless prompts, safety on unsafe ones.
+    """
+    out, world, device = Path(cfg.out), data.World(), model.output.weight.device
+    newest = max(out.glob("refreshed_*/"), key=lambda p: int(p.name.split("_")[1]), default=out)
+    found = {}
+    for mix, files in (("helpful", {"kl": out / "sft.pt",
+                                    "reward_helpful": newest / "reward_helpful.pt"}),
+                       ("unsafe", {"reward_safety": newest / "reward_safety.pt"})):
+        prompts = [data.encode_dialog(tokenizer, row["messages"])[0]
+                   for row in world.prompts(mix, "test", cfg.eval_prompts, 11)]
+        answers, logp = kernels.rollout(model, prompts, cfg.max_new_tokens, seed=cfg.seed,
+                                        stop=tokenizer.eos_id)
+        lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)])
+        tokens = torch.tensor([p + a + [0] * (int(lengths.max()) - len(p) - len(a))
+                               for p, a in zip(prompts, answers)])  # (B, T)
+        at = torch.arange(1, tokens.shape[1])
+        starts = torch.tensor(list(map(len, prompts)))
+        mask = (at >= starts[:, None]) & (at < lengths[:, None])  # (B, T-1): answer tokens
+        tokens, lengths, mask = tokens.to(device), lengths.to(device), mask.to(device)
+        for name, path in files.items():
+            other = M.load(path, device)[0] if path.exists() else None
+            if other is None or other.config.vocab_size != model.config.vocab_size:
+                continue  # a folder without that stage, or of another model
+            hidden = kernels.trunk(other, tokens, lengths=lengths)
+            if name == "kl":
+                theirs = kernels.token_logprobs(hidden[:, :-1], other.output.weight, tokens[:, 1:],
+                                                mask).sum().item()
+                found[name] = (sum(map(sum, logp)) - theirs) / len(prompts)
+            else:
+                last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+                found[name] = F.linear(last, other.output.weight).mean().item()
+    return found
+
+
 def evaluate(model, tokenizer, material: dict, cfg: Config, when: str, talk=None) -> dict:
     """Consistency by turn for instructions seen and unseen in training, attention, other skills.
 
@@ -360,7 +399,7 @@ def evaluate(model, tokenizer, material: dict, cfg: Config, when: str, talk=None
                  for i, m in enumerate(messages) if m["role"] == "assistant"]
         report["helpful_under_instruction"] = sum(golds) / len(golds)
         report |= annotator.examine(functools.partial(answers_to, model, tokenizer, cfg),
-                                    cfg.eval_prompts)
+                                    cfg.eval_prompts) | beside_the_others(model, tokenizer, cfg)
     return report
 
 

@@ -18,8 +18,8 @@ Differs from the paper: the network not at all. Initialisation is unspecified th
 
 from __future__ import annotations
 
-import argparse, contextlib, dataclasses, difflib, inspect, json, math, os, pickle, sys, time
-import typing, zlib
+import argparse, contextlib, dataclasses, difflib, functools, inspect, json, math, os, pickle, sys
+import time, typing, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -324,7 +324,10 @@ class Llama(nn.Module):
 
         UNSPECIFIED in L2: N(0, 0.02), and the two projections that write into the residual stream
         divided by sqrt(2L), so that its variance at the end does not depend on depth. A scalar
-        head starts at std 1/sqrt(D+1): scores of order 1 whatever the width [N+].
+        head starts at std 1/sqrt(D+1): scores of order 1 whatever the width [N+]. The head of a
+        narrow network starts equal to the embedding: then a word that attention brings along is a
+        guess at that word from the first step on, and copying is learnt from half the tokens. (Not
+        in a wide one: the logit of the word just read starts at 0.02 D.)
         """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -335,6 +338,8 @@ class Llama(nn.Module):
                 std /= math.sqrt(2 * self.config.n_layers)
             elif name == "output.weight" and self.config.scalar_head:
                 std = (self.config.dim + 1) ** -0.5
+            elif name == "output.weight" and self.config.dim <= 512:
+                name = "tok_embeddings.weight"  # the same seed, the same numbers
             mixed = zlib.crc32(f"{seed} {name}".encode())  # the CPU's generator reads 32 bits only
             rng = torch.Generator(p.device).manual_seed(mixed)
             nn.init.normal_(p, std=std, generator=rng)
@@ -811,12 +816,40 @@ def plot_log(stage: str, out, series: dict[str, str], xlabel: str, ylabel: str, 
     return path
 
 
-def summarize(stage: str, out, numbers: dict) -> None:
-    """Put a stage's numbers into out/summary.json, beside those of the other stages."""
+def summarize(stage: str, out, numbers: dict, add: bool = False) -> None:
+    """Put a stage's numbers into out/summary.json, beside those of the other stages.
+
+    add: keep what it had; for numbers that only a later stage can know.
+    """
     path = Path(out) / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
-    text = json.dumps({**summary, stage: numbers}, indent=2)
-    atomic_write(path, lambda f: f.write(text.encode()))
+    summary[stage] = {**summary.get(stage, {}), **numbers} if add else numbers
+    atomic_write(path, lambda f: f.write(json.dumps(summary, indent=2).encode()))
+
+
+def print_summary(out) -> None:
+    """The table that `make` ends with: what each stage cost and what it is worth, at T = 1."""
+    path = Path(out) / "summary.json"
+    stages = json.loads(path.read_text()) if path.exists() else {}
+    dig = lambda stage, *keys: functools.reduce(
+        lambda found, key: found.get(key) if isinstance(found, dict) else None, keys,
+        stages.get(stage))
+    show = lambda x, form: "" if x is None else format(x, form)
+    print(f"{'stage':<9}{'minutes':>8}{'helpful':>9}{'at T=.5':>9}{'violations':>12}"
+          f"{'false refusals':>16}{'reward h / s':>15}{'KL':>7}   GAtt: turns held")
+    for stage in stages:
+        found = ("gatt", "after") if stage == "gatt" else (stage,)
+        rewards = [show(dig(*found, f"reward_{goal}"), ".2f") for goal in ("helpful", "safety")]
+        held = [sum(share >= dig("gatt", "before", "ceiling")[0] / 2 for share in
+                    dig("gatt", when, "seen")) for when in ("before", "after")] \
+            if stage == "gatt" else []
+        print(f"{stage:<9}{show(dig(stage, 'minutes'), '.1f'):>8}"
+              f"{show(dig(*found, 'T=1', 'gold_helpfulness'), '.2f'):>9}"
+              f"{show(dig(*found, 'T=0.5', 'gold_helpfulness'), '.2f'):>9}"
+              f"{show(dig(*found, 'T=1', 'violations'), '.1%'):>12}"
+              f"{show(dig(*found, 'T=1', 'false_refusals'), '.1%'):>16}"
+              f"{' / '.join(filter(None, rewards)):>15}{show(dig(*found, 'kl'), '.2f'):>7}"
+              f"   {' -> '.join(map(str, held))}".rstrip())
 
 
 def _step_of(line: str) -> float:

@@ -70,7 +70,7 @@ class Config:
 SIZES = {  # width from which on: rs_lr as in SFT, lr and beta [L2 §3.2.3]
     0: (8e-4, 1e-4, 0.08), 768: (1e-4, 1e-5, 0.02), 4096: (2e-5, 1e-6, 0.01),
     8192: (2e-5, 1e-6, 0.005)}
-TEMPERATURES = (0.6, 0.8, 1.0, 1.2)  # tried anew in every round; paper: 0.6 to 1.5 (Fig. 8)
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0)  # tried anew in every round; paper: 0.6 to 1.5 (Fig. 8)
 CLIP, VALUE_CLIP = 0.2, 0.2  # of the probability ratio [L2 §3.2.3]; of the value's change [N+]
 GAMMA, LAMBDA = 1.0, 0.95  # UNSPECIFIED in L2; [N+]
 PREPROMPT = "You are a responsible and safe assistant."  # generic, as in [L2 Table 39]
@@ -219,8 +219,8 @@ def draw_prompts(cfg: Config, village, purpose, count: int, split: str = "train"
     rng = random.Random(seed_of(cfg, "prompts", purpose))
     if cfg.data:
         return rng.choices(own_prompts(cfg.data)[split], k=count)
-    rows = village.prompts("all", split, count - count // 3, rng.randrange(1 << 30))
-    rows += village.prompts("safety", split, count // 3, rng.randrange(1 << 30))
+    rows = [row for mix, n in (("all", count - count // 3), ("safety", count // 3))
+            for row in village.prompts(mix, split, n, rng.randrange(1 << 30), data.STYLED)]
     rng.shuffle(rows)  # a minibatch of PPO takes neighbours
     return rows
 
@@ -479,7 +479,7 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
     annotator, rng = data.Annotator(at.village), random.Random(seed_of(cfg, "labels", number))
     for mix, by, n in (("helpful", "helpful", cfg.comparisons - cfg.comparisons // 3),
                        ("safety", "safe", cfg.comparisons // 3)):
-        drawn = at.village.prompts(mix, "train", n, rng.randrange(1 << 30))
+        drawn = at.village.prompts(mix, "train", n, rng.randrange(1 << 30), data.STYLED)
         dialogs, sides = [row["messages"] for row in drawn], []
         for which, model in enumerate((newest, previous)):
             _, responses, finished = answer(model, at.tokenizer, dialogs, rng.choice((0.8, 1.0)),
@@ -501,21 +501,30 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
 def refresh_rewards(number: int, newest, previous, folder: Path, at: Places) -> None:
     """Train the reward models of `folder` on with fresh comparisons, into out/refreshed_NUMBER.
 
-    The paper's weekly batches: without them the models judge answers unlike any they saw. reward.py
+    The paper's weekly batches: without them the models judge answers unlike any they saw. As many
+    older comparisons are learnt beside them, so that what is rare now is not forgotten. reward.py
     does it, as a child process; the first comparisons' test files, where there are any, are the
     test again.
     """
     cfg, out = at.cfg, Path(at.cfg.out)
-    path, lines = out / f"refreshed_{number}" / "comparisons.jsonl", compare(number, newest,
-                                                                             previous, at)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    home, lines = out / f"refreshed_{number}", compare(number, newest, previous, at)
     if at.world.is_main:
-        M.atomic_write(path, lambda f: f.write(text.encode()))
-        print(f"{path}: {len(lines)} fresh comparisons of the two newest versions", flush=True)
-        files = [path, *sorted(out.glob("preferences_*_test.jsonl"))]
+        older = [line for path in (*out.glob("preferences_*[!t].jsonl"),  # not *_test.jsonl
+                                   *(out / f"refreshed_{n}" / "comparisons.jsonl"
+                                     for n in range(1, number)))
+                 if path.exists() for line in path.read_text().splitlines()]
+        again = random.Random(seed_of(cfg, "again", number)).sample(
+            sorted(older), min(len(lines), len(older)))
+        for name, rows in (("comparisons", map(json.dumps, lines)), ("again", again)):
+            text = "".join(f"{row}\n" for row in rows)
+            M.atomic_write(home / f"{name}.jsonl", lambda f: f.write(text.encode()))
+        print(f"{home}: {len(lines)} fresh comparisons of the two newest versions, {len(again)} "
+              f"older ones", flush=True)
+        files = [home / "comparisons.jsonl", home / "again.jsonl",
+                 *sorted(out.glob("preferences_*_test.jsonl"))]
         command = [sys.executable, str(Path(__file__).with_name("reward.py")), "--data",
                    ",".join(map(str, files)), "--resume-from", str(folder), "--out",
-                   str(path.parent), "--device", cfg.device, "--kernels", cfg.kernels]
+                   str(home), "--device", cfg.device, "--kernels", cfg.kernels]
         # the child is no rank of ours
         alone = {k: v for k, v in os.environ.items() if "RANK" not in k and k != "WORLD_SIZE"}
         done = subprocess.run(command, capture_output=True, text=True, env=alone)
@@ -791,7 +800,8 @@ def duel(ours: dict, theirs: dict, rows: dict, annotator) -> dict:
 
     helpful: harmless prompts, harmless: unsafe ones (Fig. 11). A model judged by the reward model
     it was trained on is flattered: hence the second judge [L2 §3.4.1]. The gap of two answers
-    changes its sign with their order, so order cannot matter.
+    changes its sign with their order, so order cannot matter. Of answers to different numbers of
+    prompts, the first ones that both have count.
     """
     result, won, decided = {}, 0, 0
     for goal, key, by in (("helpful", "helpful", "helpful"), ("harmless", "safety", "safe")):
@@ -799,7 +809,7 @@ def duel(ours: dict, theirs: dict, rows: dict, annotator) -> dict:
                 zip(rows[goal], ours[goal]["texts"], theirs[goal]["texts"])]
         wins, losses = sum(g > 0 for g in gaps), sum(g < 0 for g in gaps)
         won, decided = won + wins, decided + wins + losses
-        better = ours[goal][key] > theirs[goal][key]
+        better = ours[goal][key][:len(gaps)] > theirs[goal][key][:len(gaps)]
         result |= {f"{goal}_reward_model": better.float().mean().item(),
                    f"{goal}_annotator": wins / max(wins + losses, 1),
                    f"{goal}_ties": len(gaps) - wins - losses}
@@ -808,18 +818,21 @@ def duel(ours: dict, theirs: dict, rows: dict, annotator) -> dict:
     return {**result, "annotator": p, "annotator_low": low, "decided": decided}
 
 
-def compare_versions(policy, at: Places) -> tuple[dict, dict]:
-    """({name: duel against SFT, "PPO against V5": duel}, {name: 5-bin histogram, Fig. 20})."""
-    cfg, out, n = at.cfg, Path(at.cfg.out), at.cfg.eval_prompts * 3 // 2
-    rows = {"helpful": at.village.prompts("helpful", "test", n, 11),
-            "harmless": at.village.prompts("unsafe", "test", n, 11)}
+def compare_versions(policy, at: Places) -> tuple[dict, dict, dict]:
+    """({name: duel against SFT, "PPO against V5": duel}, {name: 5-bin histogram, Fig. 20},
+    {name: {"reward_helpful", "reward_safety"}: mean raw scores on harmless and unsafe prompts})."""
+    cfg, out, n = at.cfg, Path(at.cfg.out), at.cfg.eval_prompts
+    rows = {"helpful": at.village.prompts("helpful", "test", 2 * n, 11),
+            "harmless": at.village.prompts("unsafe", "test", 2 * n, 11)}
+    few = {goal: asked[:n] for goal, asked in rows.items()}
     paths = {"SFT": cfg.checkpoint or out / "sft.pt"}
     paths |= {f"V{i}": out / f"rlhf_v{i}.pt" for i in range(1, cfg.rounds + 1)}
     paths |= {"random picks": out / "rlhf_random.pt"} if cfg.rounds else {}
-    said = {name: test_answers(at.open(path), rows, at) for name, path in paths.items()}
+    last = f"V{cfg.rounds}" if cfg.rounds else "SFT"  # PPO's start, compared on all prompts
+    said = {name: test_answers(at.open(path), rows if name == last else few, at)
+            for name, path in paths.items()}
     said["PPO"], annotator = test_answers(policy, rows, at), data.Annotator(at.village)
     wins = {name: duel(said[name], said["SFT"], rows, annotator) for name in said if name != "SFT"}
-    last = f"V{cfg.rounds}" if cfg.rounds else "SFT"
     wins[f"PPO against {last}"] = duel(said["PPO"], said[last], rows, annotator)
     for name, w in wins.items():
         print(f"{name + ('' if ' against ' in name else ' against SFT'):<26}wins, helpful / "
@@ -827,8 +840,11 @@ def compare_versions(policy, at: Places) -> tuple[dict, dict]:
               f"{w['harmless_reward_model']:.0%}, annotator {w['helpful_annotator']:.0%} / "
               f"{w['harmless_annotator']:.0%}; both {w['annotator']:.1%}, at least "
               f"{w['annotator_low']:.1%} (95%), of {w['decided']} decided")
+    means = {name: {f"reward_{key}": answers[goal][key].mean().item() for goal, key in
+                    (("helpful", "helpful"), ("harmless", "safety"))}
+             for name, answers in said.items()}
     return wins, {name: torch.histc(answers["harmless"]["safety"].sigmoid(), 5, 0, 1).tolist()
-                  for name, answers in said.items()}
+                  for name, answers in said.items()}, means
 
 
 def draw(records: list[dict], wins: dict, shifts: dict, out: Path) -> Path:
@@ -930,19 +946,27 @@ def main(cfg: Config) -> dict:
     policy, best = ppo(folder, at)
     final = {**best, "kl": best["kl_sft"], "rounds": records}
     if not cfg.data:
-        def give(dialogs, temperature):
-            _, responses, finished = answer(policy, at.tokenizer, dialogs, temperature, cfg, world,
+        def give(model, dialogs, temperature):
+            _, responses, finished = answer(model, at.tokenizer, dialogs, temperature, cfg, world,
                                             ("examination",))
             texts = [at.tokenizer.decode(r).strip() for r in responses]
             return texts, finished.float().mean().item()
 
-        final |= data.Annotator(at.village).examine(give, cfg.eval_prompts)
-        final["win_rates"], shifts = compare_versions(policy, at)
+        examine = data.Annotator(at.village).examine
+        final |= examine(functools.partial(give, policy), cfg.eval_prompts)
+        if cfg.rounds:
+            print("the control, trained on picks at random:")
+            control = functools.partial(give, at.open(out / "rlhf_random.pt"))
+            final["random_picks"] = examine(control, cfg.eval_prompts, temperatures=(0.5,))
+        final["win_rates"], shifts, final["versions"] = compare_versions(policy, at)
+        final |= final["versions"]["PPO"]
     final["minutes"] = (time.time() - began) / 60
     save(out / "ppo.pt", policy, "ppo", final, at)
     if world.is_main:
         M.summarize("ppo", out, final)
         if not cfg.data:
+            if not cfg.checkpoint:  # what SFT's answers score could not be known before
+                M.summarize("sft", out, {**final["versions"]["SFT"], "kl": 0.0}, add=True)
             print(f"figures: {draw(records, final['win_rates'], shifts, out)}")
         print(f"wrote {out}/ppo.pt (PPO iteration {best['step']}, KL {final['kl']:.2f} nats from "
               f"SFT); next: python gatt.py")

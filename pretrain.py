@@ -42,9 +42,9 @@ class Config:
     vocab_size: int = 0  # tokens; 0: the preset's; paper: 32000 (§2.2)
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of weights, world and order of the data
-    tokens: float = 1.7e6  # tokens to train on; paper: 2e12 (Table 1)
+    tokens: float = 2.4e6  # tokens to train on; paper: 2e12 (Table 1)
     minutes: float = 0  # if > 0: train this long instead, tokenizer and evaluation included
-    batch_size: int = 8  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
+    batch_size: int = 4  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
     micro_batch: int = 16  # sequences per rank and forward pass; smaller needs less memory
     seq_len: int = 256  # tokens; paper: 4096 (Table 1)
     lr: float = 0  # peak; 0: the preset's, paper: 3e-4 up to 13b, 1.5e-4 above (Table 1)

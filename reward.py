@@ -45,13 +45,13 @@ class Config:
     which: Literal["both", "helpful", "safety"] = "both"  # models to train
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of prompts, labels, head and order
-    pairs: int = 4500  # comparisons to collect, a third of them for safety; paper: 1.4 million
+    pairs: int = 9000  # comparisons to collect, a third of them for safety; paper: 1.4 million
     test_pairs: int = 600  # comparisons to hold out for each model; paper: 1000 a week (§3.2.2)
     margin: Literal["none", "small", "large"] = "small"  # m(rating); paper: unsaid (Table 27)
     aux_weight: float = 0.5  # of the safety model's classification loss; UNSPECIFIED in L2
     batch_size: int = 16  # pairs per step, over all ranks; paper: 512 (§3.2.2)
     micro_batch: int = 16  # pairs per rank and forward pass; smaller needs less memory
-    lr: float = 0  # peak; 0: by the model's width; paper: 1e-5, 70b 5e-6 (§3.2.2)
+    lr: float = 0  # peak; 0: by the model's width, half with --resume-from; paper: 1e-5, 70b 5e-6
     log_every: int = 20  # steps between two lines on the screen and in out/reward.jsonl
     save_every: int = 100  # steps between resume states
     resume: bool = False  # continue from out/reward.state.pt if it is there
@@ -165,7 +165,7 @@ def collect(cfg: Config, world) -> None:
     for name in COLLECTED:
         which, _, test = name.partition("_")  # which: also the name of the mix of prompts
         n = cfg.test_pairs if test else counts[which]
-        prompts = village.prompts(which, test or "train", n, cfg.seed)
+        prompts = village.prompts(which, test or "train", n, cfg.seed, data.STYLED)
         rows = compare(model, tokenizer, village, [row["messages"] for row in prompts],
                        "safe" if which == "safety" else "helpful", f"{name} {cfg.seed}", world)
         path, text = preferences(cfg, name), "".join(json.dumps(row) + "\n" for row in rows)
@@ -409,7 +409,8 @@ def fit(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, wor
     """One epoch, for "training longer can lead to over-fitting" [L2 §3.2.2]; yields (done, metrics)
     after each step. The order is a function of the seed: a resumed run needs no other memory."""
     order = random.Random(f"order {cfg.seed}").sample(pairs, len(pairs))
-    total, peak = len(pairs) // cfg.batch_size, cfg.lr or default_lr(model.config.dim)
+    peak = cfg.lr or default_lr(model.config.dim) / (2 if cfg.resume_from else 1)
+    total = len(pairs) // cfg.batch_size
     for step in range(first, total):
         # 1) batch
         batch = [order[step * cfg.batch_size + i] for i in scale.rank_rows(cfg.batch_size, world)]

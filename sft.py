@@ -269,6 +269,9 @@ def main(cfg: Config) -> dict:
     if not cfg.data:
         annotator = data.Annotator(data.World())
         answer = functools.partial(answers_to, model, tokenizer)
+        final["demonstrations"] = own = data.World().demonstrated()
+        print(f"demonstrations' own answers: helpfulness {own['gold_helpfulness']:.3f}  violations "
+              f"{own['violations']:.1%}  false refusals {own['false_refusals']:.1%}")
         with scale.unsharded(model, world):
             final |= annotator.examine(answer, cfg.eval_prompts)
     weights = scale.full_weights(model, world)
