@@ -70,7 +70,7 @@ class Config:
 SIZES = {  # width from which on: rs_lr as in SFT, lr and beta [L2 §3.2.3]
     0: (8e-4, 1e-4, 0.08), 768: (1e-4, 1e-5, 0.02), 4096: (2e-5, 1e-6, 0.01),
     8192: (2e-5, 1e-6, 0.005)}
-TEMPERATURES = (0.5, 0.7, 0.85, 1.0)  # tried anew in every round; paper: 0.6 to 1.5 (Fig. 8)
+TEMPERATURES = (0.5, 0.65, 0.8)  # tried anew in every round; paper: 0.6 to 1.5 (Fig. 8)
 CLIP, VALUE_CLIP = 0.2, 0.2  # of the probability ratio [L2 §3.2.3]; of the value's change [N+]
 GAMMA, LAMBDA = 1.0, 0.95  # UNSPECIFIED in L2; [N+]
 PREPROMPT = "You are a responsible and safe assistant."  # generic, as in [L2 Table 39]
@@ -402,7 +402,8 @@ def distil(model, at: Places) -> list[tuple[list[int], list[int]]]:
     answer to the bare prompt. Helpful prompts are left alone: there it breeds false refusals.
     """
     cfg, drawn = at.cfg, draw_prompts(at.cfg, at.village, "distillation", 2 * at.cfg.prompts)
-    rows = [row for row in drawn if row["is_safety"]]
+    rows = [row for row in drawn  # where the preprompt has a place
+            if row["is_safety"] and row["messages"][0]["role"] != "system"]
     if not rows:
         return []
     dialogs = [row["messages"] for row in rows]
