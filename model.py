@@ -49,8 +49,12 @@ class ModelConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self)[:7]:  # the sizes
             size = getattr(self, field.name)
-            if size < 1:
-                raise ValueError(f"{field.name} must be at least 1, not {size}")
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{field.name} must be a whole number of at least 1, not {size!r}")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {value!r}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even number")
         if self.n_heads % self.n_kv_heads:
@@ -543,8 +547,11 @@ def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None 
 CONVERT = "`python convert.py --checkpoint {} --to own --out NEW.pt` turns other formats into ours"
 
 
-def read_torch_file(path):
-    """torch.load without code execution, memory-mapped; one-line ValueError for anything else."""
+def read_torch_file(path, hint=CONVERT):
+    """torch.load without code execution, memory-mapped; one-line ValueError for anything else.
+
+    hint: what to do when the file is damaged or of another kind; {} stands for its path.
+    """
     if not Path(path).exists():
         stage = Path(path).stem.split(".")[0].split("_")[0]  # reward_safety.pt, ppo.state.pt
         makes = stage in ("pretrain", "sft", "reward", "ppo", "gatt")
@@ -552,9 +559,11 @@ def read_torch_file(path):
                                 (f"`python {stage}.py` makes it" if makes else "check the path"))
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
-            IsADirectoryError) as e:
-        why = f"truncated, or another format ({CONVERT.format(path)})"
+    except PermissionError:
+        raise
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError,
+            AttributeError, OSError) as e:  # all of these come out of damaged files
+        why = f"truncated, or another format ({hint.format(path)})"
         if "weights_only" in str(e).lower():
             why = "it asks to run code, which a checkpoint never needs"
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from e
@@ -597,6 +606,9 @@ def assemble(config: ModelConfig, weights: dict[str, Tensor], source) -> Llama:
                  for what, names in (("lacks", missing), ("has unknown", extra)) if names]
         raise ValueError(f"{source}: wrong weight names: it {' and '.join(lists)}")
     for name, shape in wanted.items():
+        if not isinstance(weights[name], Tensor) or not weights[name].is_floating_point():
+            kind = getattr(weights[name], "dtype", type(weights[name]).__name__)
+            raise ValueError(f"{source}: {name} is {kind}, expected a tensor of floating point")
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"{source}: {name} has shape {tuple(weights[name].shape)}, "
                              f"the configuration says {shape}")
@@ -613,7 +625,7 @@ def load_state(path) -> dict | None:
     """Read a resume state, or None when there is none; ValueError if the file is damaged."""
     if not Path(path).exists():
         return None
-    state = read_torch_file(path)
+    state = read_torch_file(path, hint="delete it to start afresh")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a resume state of this version: delete it to start afresh")
     return state

@@ -269,14 +269,20 @@ def count_steps(cfg: Config, model, stream, world, began: float) -> int:
     return max(1, int(scale.all_mean(left / min(seconds[1:]), world)))
 
 
+LEAST = {"tokens": 1, "batch_size": 1, "micro_batch": 1, "log_every": 1, "evaluate_every": 1,
+         "save_every": 1, "tp": 1, "vocab_size": 0, "seed": 0, "minutes": 0, "lr": 0,
+         "warmup_steps": 0, "weight_decay": 0, "clip": 1e-6}  # the smallest that makes sense
+
+
 def check(cfg: Config, shape: M.ModelConfig) -> None:
     """ValueError for flags that cannot work, before anything is read or allocated."""
     if not 1 < cfg.seq_len <= shape.max_seq_len:
         raise ValueError(f"--seq-len {cfg.seq_len}: the context of {cfg.model} is "
                          f"{shape.max_seq_len} tokens; give 2 to {shape.max_seq_len}")
-    for flag in ("batch_size", "micro_batch", "tokens", "evaluate_every", "save_every"):
-        if getattr(cfg, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: give 1 or more")
+    for flag, least in LEAST.items():
+        value = getattr(cfg, flag)
+        if not least <= value < math.inf:  # so written, it catches nan too
+            raise ValueError(f"--{flag.replace('_', '-')} {value:g}: give {least:g} or more")
     if cfg.tokenizer and cfg.vocab_size:
         raise ValueError("--vocab-size is for training a tokenizer: leave it away with --tokenizer")
 

@@ -405,6 +405,8 @@ def load_state(path, model, optimizer, world: World, check=None) -> dict | None:
     folder = Path(path).with_suffix("")
     states = sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
     single = M.load_state(path)
+    if single and not single.keys() >= {"parts", "random", "extra"}:
+        raise ValueError(f"{path} is not a resume state of a stage: delete it to start afresh")
     if single and (not states or single["extra"]["step"] > int(states[-1].name[5:])):
         if world.mesh is not None:
             raise ValueError(f"{path} is the state of a single process: continue it without "
