@@ -102,6 +102,18 @@ def preset(name: str, **changes) -> ModelConfig:
     return dataclasses.replace(PRESETS[name], **changes)
 
 
+def at_size(cfg, paper: dict, dim: int):
+    """A stage's Config for a model of this width: from 7b on (4096) with the values of `paper`.
+
+    paper: {field: value}. A flag that was given keeps its value; in a Config made without `cli`,
+    those are the fields that are not their defaults.
+    """
+    given = getattr(cfg, "given", {f.name for f in dataclasses.fields(cfg)
+                                   if getattr(cfg, f.name) != f.default})
+    return dataclasses.replace(cfg, **{k: v for k, v in paper.items()
+                                       if dim >= 4096 and k not in given})
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Exact number of parameters, by formula: no biases, input and output embeddings untied."""
     c, kv_dim = config, config.n_kv_heads * config.head_dim
@@ -710,7 +722,8 @@ def cli(Config, argv: list[str] | None = None):
     """
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            self.exit(2, f"{self.prog}: {message}\n")
+            complain(f"{self.prog}: {message}")
+            self.exit(2)
 
     doc = sys.modules[Config.__module__].__doc__
     parser = Parser(description=doc, allow_abbrev=False,
@@ -718,7 +731,7 @@ def cli(Config, argv: list[str] | None = None):
     hints, comments = typing.get_type_hints(Config), _field_comments(Config)
     for field in dataclasses.fields(Config):
         kind, flag = hints[field.name], "--" + field.name.replace("_", "-")
-        options = dict(default=field.default, help=f"{comments.get(field.name, '')} "
+        options = dict(default=argparse.SUPPRESS, help=f"{comments.get(field.name, '')} "
                        f"(default: {field.default})".replace("%", "%%").strip())
         if type(None) in typing.get_args(kind):  # `str | None`: the flag takes the str
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
@@ -736,7 +749,17 @@ def cli(Config, argv: list[str] | None = None):
         near = difflib.get_close_matches(word.split("=")[0], flags, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"
         parser.error(f"unknown argument {word}: {hint}")
-    return Config(**vars(known))
+    config = Config(**vars(known))
+    config.given = set(vars(known))  # for `at_size`
+    return config
+
+
+def complain(message: str) -> None:
+    """One line on stderr. Under torchrun all ranks find a bad flag or file: rank 0 says it, and
+    torchrun ends the others while they wait; what only they found wrong they then say."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+    print(message, file=sys.stderr, flush=True)
 
 
 def run(main, Config) -> None:
@@ -753,21 +776,20 @@ def run(main, Config) -> None:
     except BrokenPipeError:  # `... | head` closed the pipe: nobody is reading any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as e:
-        print(f"{name}: {e}", file=sys.stderr)
+        complain(f"{name}: {e}")
         raise SystemExit(2) from None
     except FloatingPointError as e:  # a non-finite loss: the last good checkpoint is untouched
-        print(f"{name}: {e}", file=sys.stderr)
+        complain(f"{name}: {e}")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; --resume continues from the last saved state",
-              file=sys.stderr)
+        complain(f"\n{name}: interrupted; --resume continues from the last saved state")
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
         words = ("out of memory", "allocate memory", "not enough memory")  # GPU, Linux, Windows
         if not isinstance(e, MemoryError) and not any(w in str(e) for w in words):
             raise
-        print(f"{name}: out of memory: a smaller --batch-size, --seq-len or --model fits; "
-              f"--dry-run shows what a run will need", file=sys.stderr)
+        complain(f"{name}: out of memory: a smaller --batch-size, --seq-len or --model fits; "
+                 f"--dry-run shows what a run will need")
         raise SystemExit(1) from None
 
 

@@ -40,6 +40,7 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # SFT model, where every version starts; none: OUT/sft.pt
     data: str | None = None  # .jsonl of prompts with is_safety; none: prompts of the tiny world
     reward: str | None = None  # FILE.py:FUNCTION(prompts, responses) -> scores; none: our models
@@ -61,6 +62,7 @@ class Config:
     eval_prompts: int = 200  # test prompts of each kind for the final examination
     kl_limit: float = 3.0  # nats per answer from the SFT model; beyond it PPO stops
     resume: bool = False  # continue after the last finished round or PPO state
+    recompute: bool = False  # recompute activations in the backward pass: less memory
     tp: int = 1  # tensor-parallel ranks, under torchrun
     device: str = "auto"  # auto cuda mps cpu
     kernels: Literal["auto", "c", "torch"] = "auto"  # fused C on the CPU where it compiles
@@ -70,6 +72,8 @@ class Config:
 SIZES = {  # width from which on: rs_lr as in SFT, lr and beta [L2 §3.2.3]
     0: (8e-4, 1e-4, 0.08), 768: (1e-4, 1e-5, 0.02), 4096: (2e-5, 1e-6, 0.01),
     8192: (2e-5, 1e-6, 0.005)}
+# From 7b on these take the place of the defaults above [L2 §3.2.3].
+PAPER = {"iterations": 400, "batch_size": 512, "minibatch": 64}
 TEMPERATURES = (0.5, 0.65, 0.8)  # tried anew in every round; paper: 0.6 to 1.5 (Fig. 8)
 CLIP, VALUE_CLIP = 0.2, 0.2  # of the probability ratio [L2 §3.2.3]; of the value's change [N+]
 GAMMA, LAMBDA = 1.0, 0.95  # UNSPECIFIED in L2; [N+]
@@ -101,15 +105,20 @@ def punish_cut(scores, finished):
     return scores.where(finished, scores.min())
 
 
+def moments(x, mask, total=float) -> tuple[float, float, float]:
+    """(mean, variance, count) of x where mask is 1; total: sum of a number over the ranks."""
+    count = total(mask.sum())
+    mean = total((x * mask).sum()) / count
+    return mean, total(((x - mean).square() * mask).sum()) / count, count
+
+
 def whiten(x, mask=None, total=float):
     """(x - mean) / std over the mask (all of x without one); 0 outside it, and if x is constant.
 
     total: sum of a number over the ranks, each of which holds a part of the batch.
     """
     mask = torch.ones_like(x) if mask is None else mask.to(x.dtype)
-    count = total(mask.sum())
-    mean = total((x * mask).sum()) / count
-    variance = total(((x - mean).square() * mask).sum()) / count
+    mean, variance, _ = moments(x, mask, total)
     if variance <= 1e-10 * (mean * mean + 1e-2):  # rounding, not a difference between answers
         return torch.zeros_like(x)
     return (x - mean) * mask / math.sqrt(variance)
@@ -329,7 +338,8 @@ class Places:
 
     def open(self, path) -> M.Llama:
         """A checkpoint in float32 on this rank, sharded if there are several."""
-        return scale.wrap(M.load(path, "cpu")[0].float(), self.world)
+        model = M.load(path, "cpu")[0].float()
+        return scale.wrap(model, self.world, recompute=self.cfg.recompute)
 
     def best_of(self, model, rows: list[dict], temperature: float, purpose) -> tuple:
         """K answers per row: prompts (N K lists), responses, scores and finished (N, K)."""
@@ -373,25 +383,21 @@ def imitate(model, examples: list[tuple[list[int], list[int]]], cfg: Config, wor
         order += random.Random(f"{cfg.seed} {epoch}").sample(range(len(examples)), len(examples))
     total = len(order) // size
     for step in range(total):
-        mine = [examples[order[step * size + i]] for i in scale.rank_rows(size, world)]
-        tokens, lengths, mask = pad(mine, world.device)
-        loss = -answer_logprobs(model, tokens, lengths, mask, 1.0).sum() / mask.sum()
-        (loss * share(mask, world)).backward()
+        # this rank's share; filled up with a row without loss, as all ranks must run alike
+        batch = order[step * size:(step + 1) * size]
+        places = range(world.dp_rank, -(-size // world.dp) * world.dp, world.dp)
+        tokens, lengths, mask = pad([examples[batch[i % size]] for i in places], world.device)
+        mask &= torch.tensor([i < size for i in places], device=world.device)[:, None]
+        answers = scale.all_sum(mask.sum().item(), world)
+        loss = -answer_logprobs(model, tokens, lengths, mask, 1.0).sum() / answers
+        # FSDP averages gradients over its ranks; times their number makes that a sum
+        (loss * world.dp).backward()
         scale.clip(model, 1.0, world)
         for group in optimizer.param_groups:  # cosine to a tenth, as in SFT
             group["lr"] = cfg.rs_lr * (0.55 + 0.45 * math.cos(math.pi * step / total))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-def share(mask, world) -> float:
-    """This rank's weight in a mean over all ranks' answer tokens; 1 in a single process.
-
-    FSDP averages gradients over its ranks; times their number makes that a sum.
-    """
-    count = mask.sum().item()
-    return count * world.dp / scale.all_sum(count, world)
+    return scale.all_sum(loss.item(), world)
 
 
 def distil(model, at: Places) -> list[tuple[list[int], list[int]]]:
@@ -587,6 +593,7 @@ def save(path: Path, model, stage: str, metrics: dict, at: Places) -> None:
     if at.world.is_main:
         M.save(path, model, stage, at.tokenizer.model_bytes, metrics,
                at.cfg.data or "prompts of the tiny world", weights=weights)
+    scale.barrier(at.world)  # whoever opens it next finds it whole
 
 
 # ----------------------------------------------------------------------------------------- PPO
@@ -605,7 +612,8 @@ def open_critic(start, folder: Path, at: Places) -> M.Llama:
     policy = M.load(start, "cpu")[0]
     config = dataclasses.replace(policy.config, scalar_head=True)
     weights = {**policy.state_dict(), "output.weight": torch.zeros(1, config.dim)}
-    return scale.wrap(M.assemble(config, weights, start).float(), at.world)
+    critic = M.assemble(config, weights, start).float()
+    return scale.wrap(critic, at.world, recompute=at.cfg.recompute)
 
 
 def minibatches(cfg: Config, world) -> list[slice]:
@@ -673,22 +681,25 @@ def update(policy, critic, optimizers, rollouts: dict, at: Places) -> dict:
         loss_v = value_loss(values_of(critic, tokens, lengths), old_values, returns, mask)
         away = (ratio.detach() - 1).abs().max().item()
         assert record or away < 1e-6, f"ratio is 1 +- {away} before the first step: not one forward"
-        ((loss + loss_v) * share(mask, world)).backward()
+        share = mask.sum().item() / scale.all_sum(mask.sum().item(), world)  # of all answer tokens
+        ((loss + loss_v) * share * world.dp).backward()  # FSDP averages gradients over its ranks
         norms = [scale.clip(model, 1.0, world) for model in (policy, critic)]
-        if not all(map(math.isfinite, (loss.item(), loss_v.item(), *norms))):
-            raise FloatingPointError(f"policy loss {loss.item()}, value loss {loss_v.item()}, "
-                                     f"gradient norms {norms}: PPO diverged; lower --lr {cfg.lr}")
+        mean_ratio = ratio.detach()[mask].mean()
+        loss, loss_v, clipped, ratio = (scale.all_sum(x.item() * share, world)
+                                        for x in (loss, loss_v, clipped, mean_ratio))
+        if not all(map(math.isfinite, (loss, loss_v, *norms))):
+            raise FloatingPointError(f"policy loss {loss}, value loss {loss_v}, gradient norms "
+                                     f"{norms}: PPO diverged; lower --lr {cfg.lr}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        record.append({"policy_loss": loss.item(), "value_loss": loss_v.item(),
-                       "clip_frac": clipped.item(), "ratio": ratio.detach()[mask].mean().item(),
-                       "grad_norm": norms[0]})
-    means = {k: scale.all_mean(data.mean(r[k] for r in record), world) for k in record[0]}
-    gap, returns = (x[rollouts["mask"]] for x in (rollouts["returns"] - rollouts["values"],
-                                                  rollouts["returns"]))
-    explained = 1 - (gap.var() / returns.var().clamp(min=1e-12)).item()
-    return {**means, "explained_variance": explained}
+        record.append({"policy_loss": loss, "value_loss": loss_v, "clip_frac": clipped,
+                       "ratio": ratio, "grad_norm": norms[0]})
+    mask, returns = rollouts["mask"].float(), rollouts["returns"]
+    spread = [moments(x, mask, lambda x: scale.all_sum(x.item(), world))[1]
+              for x in (returns - rollouts["values"], returns)]
+    means = {k: data.mean(r[k] for r in record) for k in record[0]}
+    return {**means, "explained_variance": 1 - spread[0] / max(spread[1], 1e-12)}
 
 
 def health(now: dict, start: dict, cfg: Config) -> list[str]:
@@ -722,12 +733,15 @@ def held_out(policy, ref, sft, at: Places) -> dict[str, float]:
     rows = draw_prompts(cfg, at.village, "held out", 2 * cfg.batch_size, "valid")
     prompts, responses, finished = answer(policy, at.tokenizer, [row["messages"] for row in rows],
                                           cfg.temperature, cfg, world, ("held out",))
-    batch = pad(list(zip(prompts, responses)), world.device)
-    logp, start, base = (answer_logprobs(m, *batch, cfg.temperature) for m in (policy, ref, sft))
+    batch = pad([(prompts[i], responses[i]) for i in scale.rank_rows(len(rows), world)],
+                world.device)
+    parts = [[t[i] for t in batch] for i in minibatches(cfg, world)]  # a forward pass, as above
+    logp, start, base = (sum(answer_logprobs(model, *part, cfg.temperature).sum().item()
+                             for part in parts) for model in (policy, ref, sft))
     said = at.reward(rows, prompts, responses)
     return {"val_reward": punish_cut(said["combined"], finished).mean().item(),
-            "kl_sft": (logp - base).sum(1).mean().item(),
-            "kl_start": (logp - start).sum(1).mean().item(),
+            "kl_sft": scale.all_sum(logp - base, world) / len(rows),
+            "kl_start": scale.all_sum(logp - start, world) / len(rows),
             "reward_helpful": said["helpful"].mean().item(),
             "reward_safety": said["safety"].mean().item(),
             "eos_rate": finished.float().mean().item(),
@@ -912,6 +926,7 @@ def draw(records: list[dict], wins: dict, shifts: dict, out: Path) -> Path:
 
 def settings(cfg: Config, dim: int) -> Config:
     """cfg with what depends on the model's size filled in; ValueError for what does not fit."""
+    cfg = M.at_size(cfg, PAPER, dim)
     by_size = next(v for width, v in reversed(SIZES.items()) if dim >= width)
     given = {k: v if getattr(cfg, k) is None else getattr(cfg, k)
              for k, v in zip(("rs_lr", "lr", "beta"), by_size)}
@@ -934,12 +949,16 @@ def settings(cfg: Config, dim: int) -> Config:
 def main(cfg: Config) -> dict:
     """V1 to V5, PPO, evaluation; returns the final metrics. ValueError for what does not fit."""
     began, out = time.time(), Path(cfg.out)
-    base, info = M.load(cfg.checkpoint or out / "sft.pt", "cpu")
-    cfg = settings(cfg, base.config.dim)
+    source = cfg.checkpoint or out / "sft.pt"
+    config = scale.shape_of(source, cfg.model, cfg.dry_run)
+    cfg = settings(cfg, config.dim)
     if cfg.dry_run:
-        print(scale.dry_run(base.config, cfg.batch_size, base.config.max_seq_len, cfg.minibatch,
-                            tp=cfg.tp, ppo=True, device=cfg.device))
+        length = config.max_seq_len
+        scale.dry_run(config, cfg.minibatch, length, recompute=cfg.recompute, tp=cfg.tp,
+                      tokens=cfg.iterations * cfg.batch_size * length, device=cfg.device,
+                      rollouts=cfg.batch_size)
         return {}
+    info = M.load(source, "cpu")[1]
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))
     at = Places(cfg, data.Tokenizer(info["tokenizer"]), data.World(), world)

@@ -40,6 +40,7 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # chat model to start from; none: OUT/sft.pt
     data: str | None = None  # .jsonl files or folders, comma between; none: collect comparisons
     which: Literal["both", "helpful", "safety"] = "both"  # models to train
@@ -66,6 +67,7 @@ class Config:
     dry_run: bool = False  # print what the run would need, allocate nothing
 
 
+PAPER = {"batch_size": 512, "micro_batch": 1}  # from 7b on, in place of the above [L2 §3.2.2]
 MARGINS = {  # m(rating), in the order of data.RATINGS: significantly better ... negligibly better
     "none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}  # [L2 Table 27]
 COLLECTED = ("helpful", "helpful_test", "safety", "safety_test")  # out/preferences_NAME.jsonl
@@ -113,7 +115,7 @@ def end_scores(model, tokens, lengths):
     """
     hidden = kernels.trunk(model, tokens, lengths)  # (B, T, D)
     last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
-    return F.linear(last, model.output.weight).squeeze(-1).float()
+    return model.output(last).squeeze(-1).float()
 
 
 def pad(rows: list[list[int]], device):
@@ -126,14 +128,19 @@ def pad(rows: list[list[int]], device):
 
 @torch.no_grad()
 def scores(model, rows: list[list[int]], rows_at_once: int = 64):
-    """Raw scores of whole dialogues (token lists with their EOS): float32 (N,) on the CPU."""
-    device, out = model.output.weight.device, torch.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like beside like: less padding
-    for start in range(0, len(rows), rows_at_once):
-        at = order[start:start + rows_at_once]
-        with M.autocast(device):
-            out[at] = end_scores(model, *pad([rows[i] for i in at], device)).cpu()
-    return out
+    """Raw scores of whole dialogues (token lists with their EOS): float32 (N,) on the CPU.
+
+    Ranks share the work, and each gets all the scores.
+    """
+    world, found = scale.world_of(model), {}
+    mine = range(world.dp_rank, len(rows), world.dp)
+    order = sorted(mine, key=lambda i: len(rows[i]))  # like beside like: less padding
+    with scale.unsharded(model, world), M.autocast(world.device):
+        for start in range(0, len(order), rows_at_once):
+            at = order[start:start + rows_at_once]
+            r = end_scores(model, *pad([rows[i] for i in at], world.device))
+            found |= zip(at, r.tolist())
+    return torch.tensor(scale.gather([found[i] for i in mine], world))
 
 
 def calibrate(scores, is_unsafe, precision: float) -> float:
@@ -372,9 +379,11 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def default_lr(dim: int) -> float:
+def default_lr(c: M.ModelConfig) -> float:
     """1e-5, 5e-6 for 70b [L2 §3.2.2]; below 7b, inversely to the width: 5e-4 for tiny's 128."""
-    return 5e-6 if dim >= 8192 else 1e-5 if dim >= 4096 else 5e-4 * 128 / dim
+    if c.dim < 4096:
+        return 5e-4 * 128 / c.dim
+    return 5e-6 if c.dim >= 8192 and c.n_layers > 64 else 1e-5  # 34b is as wide as 70b
 
 
 def train_step(model, optimizer, batch, lr, aux_weight, cfg: Config, world) -> dict[str, float]:
@@ -409,7 +418,7 @@ def fit(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, wor
     """One epoch, for "training longer can lead to over-fitting" [L2 §3.2.2]; yields (done, metrics)
     after each step. The order is a function of the seed: a resumed run needs no other memory."""
     order = random.Random(f"order {cfg.seed}").sample(pairs, len(pairs))
-    peak = cfg.lr or default_lr(model.config.dim) / (2 if cfg.resume_from else 1)
+    peak = cfg.lr or default_lr(model.config) / (2 if cfg.resume_from else 1)
     total = len(pairs) // cfg.batch_size
     for step in range(first, total):
         # 1) batch
@@ -608,12 +617,14 @@ def main(cfg: Config) -> dict:
     source = cfg.checkpoint or out / "sft.pt"
     if cfg.resume_from:
         source = Path(cfg.resume_from) / f"reward_{cfg.which.replace('both', 'helpful')}.pt"
-    origin, info = M.load(source, "cpu")
-    tokenizer, config = data.Tokenizer(info["tokenizer"]), origin.config
+    config = scale.shape_of(source, cfg.model, cfg.dry_run)
+    cfg = M.at_size(cfg, PAPER, config.dim)
     if cfg.dry_run:
-        print(scale.dry_run(config, 2 * cfg.batch_size, config.max_seq_len,
-                            recompute=cfg.recompute))
+        scale.dry_run(dataclasses.replace(config, scalar_head=True), cfg.batch_size,
+                      config.max_seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                      device=cfg.device, pairs=True)
         return {}
+    tokenizer = data.Tokenizer(M.load(source, "cpu")[1]["tokenizer"])
     world, state = scale.setup(cfg.device, cfg.tp), out / "reward.state.pt"
     print(kernels.choose(cfg.kernels, world.device))
     resumes = cfg.resume and (state.exists() or state.with_suffix("").exists())
