@@ -51,9 +51,9 @@ class Config:
     warmup_steps: int = 50  # steps of linear warm-up; paper: 2000 of 500,000 (§2.2)
     weight_decay: float = 0.1  # paper: 0.1 (§2.2)
     clip: float = 1.0  # largest gradient norm; paper: 1.0 (§2.2)
-    log_every: int = 20  # steps between two lines on the screen and in out/pretrain.jsonl
-    evaluate_every: int = 200  # steps between validation losses and samples
-    save_every: int = 200  # steps between resume states
+    log_every: int = 40  # steps between two lines on the screen and in out/pretrain.jsonl
+    evaluate_every: int = 400  # steps between validation losses and samples
+    save_every: int = 400  # steps between resume states
     resume: bool = False  # continue from out/pretrain.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory, 1/3 slower
     tp: int = 1  # tensor-parallel ranks, under torchrun
