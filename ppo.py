@@ -363,7 +363,7 @@ def choose_temperature(newest, number: int, at: Places) -> tuple[float, dict]:
 
 
 def pick(said, finished, rng: random.Random) -> list[tuple[int, int, int]]:
-    """[(row, best, random)]: scores, bool (N, K) -> the answers to imitate, and a control's.
+    """[(row, best, random)]: scores, bool (N, K) -> the answers to imitate, and one at random.
 
     An answer that was cut is never picked; a row without any finished answer is left out.
     """
@@ -423,30 +423,34 @@ def distil(model, at: Places) -> list[tuple[list[int], list[int]]]:
     return [(p, r) for p, r, keep in zip(bare, guided, kept.tolist()) if keep]
 
 
-def merged(memory: dict, number: int, which: int = 1) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) examples of version `number`; which: 1 the best answers, 2 random ones.
+def merged(rounds: list, number: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) examples of version `number`, from the picks of rounds 1 to `number`.
 
     V1 to V3 imitate the newest model's samples alone; from V4 on the best of all rounds, since V3
-    had forgotten skills of V1 and V2 [L2 §3.2.3]. Distilled answers join every version.
+    had forgotten skills of V1 and V2 [L2 §3.2.3].
     """
-    rounds = memory["rounds"][number - 1:number] if number < 4 else memory["rounds"][:number]
-    return [(e[0], e[which]) for picks in rounds for e in picks] + [
-        tuple(e) for e in memory["distilled"]]
+    return [tuple(e) for picks in (rounds[number - 1:number] if number < 4 else rounds[:number])
+            for e in picks]
 
 
 def make_version(number: int, newest, memory: dict, at: Places):
     """V_number by rejection sampling: the best of K answers, imitated by the SFT model.
 
-    Every version starts from SFT, not from the last one. The last round also trains a control on
-    answers picked at random: what imitation alone is worth.
+    Every version starts from SFT, not from the last one; distilled answers join each. The last
+    round also trains a control on as many answers of the SFT model itself, one to each prompt and
+    none rejected: what imitation alone is worth.
     """
-    cfg = at.cfg
+    cfg, sft = at.cfg, at.cfg.checkpoint or Path(at.cfg.out) / "sft.pt"
     temperature, curve = choose_temperature(newest, number, at)
     rows = draw_prompts(cfg, at.village, f"round {number}", cfg.prompts)
     prompts, responses, said, finished = at.best_of(newest, rows, temperature, ("round", number))
     picks = pick(said, finished, random.Random(seed_of(cfg, "control", number)))
     places = [[i * cfg.samples + k for k in ks] for i, *ks in picks]
-    memory["rounds"].append([(prompts[b], responses[b], responses[r]) for b, r in places])
+    memory["rounds"].append([(prompts[best], responses[best]) for best, _ in places])
+    model = at.open(sft)
+    asked, plain, ended = answer(model, at.tokenizer, [row["messages"] for row in rows],
+                                 temperature, cfg, at.world, ("control", number))
+    memory["control"].append([(p, r) for p, r, whole in zip(asked, plain, ended) if whole])
     ladder = {n: (said[:, :n].amax(1).mean().item(), said[:, :n].quantile(0.5, 1).mean().item())
               for n in (1, 2, 4, 8, 16, 32, 64, 100) if n <= cfg.samples}  # Fig. 7
     record = {"round": number, "temperature": temperature, "curve": curve, "ladder": ladder}
@@ -454,15 +458,15 @@ def make_version(number: int, newest, memory: dict, at: Places):
         record |= {f"gold_{name}": gold(at, [rows[i] for i, *_ in picks],
                                         [responses[p[j]] for p in places])
                    for j, name in enumerate(("best", "random"))}
-    model, results = at.open(cfg.checkpoint or Path(cfg.out) / "sft.pt"), []
-    controls = [at.open(cfg.checkpoint or Path(cfg.out) / "sft.pt")] * (number == cfg.rounds)
-    for which, one in enumerate((model, *controls), 1):
-        examples = merged(memory, number, which)
-        if not examples:
-            raise ValueError(f"none of {said.numel()} answers ended within --max-new-tokens "
-                             f"{cfg.max_new_tokens}: raise it, or train sft.py longer")
-        results.append(imitate(one, examples, cfg, at.world))
-    print(f"V{number}: T {temperature}, {len(examples)} answers imitated (loss {results[0]:.3f}); "
+    examples = merged(memory["rounds"], number) + [tuple(e) for e in memory["distilled"]]
+    if not examples:
+        raise ValueError(f"none of {said.numel()} answers ended within --max-new-tokens "
+                         f"{cfg.max_new_tokens}: raise it, or train sft.py longer")
+    loss, controls = imitate(model, examples, cfg, at.world), []
+    if number == cfg.rounds and memory["control"][-1]:
+        controls = [at.open(sft)]
+        imitate(controls[0], merged(memory["control"], number), cfg, at.world)
+    print(f"V{number}: T {temperature}, {len(examples)} answers imitated (loss {loss:.3f}); "
           f"reward of one {ladder[1][0]:.2f}, best of {cfg.samples} {said.amax(1).mean():.2f}"
           + (f"; gold score {record['gold_best']:.2f}, at random {record['gold_random']:.2f}"
              if "gold_best" in record else ""))
@@ -480,7 +484,7 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
     """Rows of a preference file: answers of the two newest versions, labelled by the annotator.
 
     As in reward.py, a third is judged for safety, on a mix of mostly harmless prompts, and some
-    answers refuse whatever is asked; an answer that was cut is none.
+    first answers are what neither would say; an answer that was cut is none.
     """
     cfg, lines = at.cfg, []
     annotator, rng = data.Annotator(at.village), random.Random(seed_of(cfg, "labels", number))
@@ -493,8 +497,8 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
                                             cfg, at.world, ("compare", mix, number, which))
             sides.append([data.break_tags(at.tokenizer.decode(r).strip()) if ended else ""
                           for r, ended in zip(responses, finished)])
+        sides[0] = at.village.oddities(dialogs, sides[0], rng)
         for messages, a, b in zip(dialogs, *sides):
-            a = at.village.refusal(rng) if rng.random() < 0.15 else a
             if a and b and a != b:
                 label = annotator.label(messages, a, b, rng, by)
                 lines.append({"rating": label["rating"]})
@@ -547,7 +551,7 @@ def all_versions(at: Places) -> tuple[list[dict], Path]:
     out/rlhf.state.json holds the answers picked so far: with --resume its rounds are not repeated.
     """
     cfg, out, state = at.cfg, Path(at.cfg.out), Path(at.cfg.out) / "rlhf.state.json"
-    memory, records, done = {"rounds": [], "distilled": []}, [], 0
+    memory, records, done = {"rounds": [], "control": [], "distilled": []}, [], 0
     if cfg.resume and state.exists():
         saved = json.loads(state.read_text())
         M.check_resume(saved, cfg, at.tokenizer.model_bytes)
@@ -568,7 +572,7 @@ def all_versions(at: Places) -> tuple[list[dict], Path]:
         records.append(record)
         save(path_of(number), newest, f"rlhf_v{number}", record, at)
         for control in controls:
-            save(out / "rlhf_random.pt", control, "rlhf_random", {}, at)
+            save(out / "rlhf_control.pt", control, "rlhf_control", {}, at)
         if refreshes:
             refresh_rewards(number, newest, previous, folder, at)
             folder = out / f"refreshed_{number}"
@@ -842,7 +846,8 @@ def compare_versions(policy, at: Places) -> tuple[dict, dict, dict]:
     few = {goal: asked[:n] for goal, asked in rows.items()}
     paths = {"SFT": cfg.checkpoint or out / "sft.pt"}
     paths |= {f"V{i}": out / f"rlhf_v{i}.pt" for i in range(1, cfg.rounds + 1)}
-    paths |= {"random picks": out / "rlhf_random.pt"} if cfg.rounds else {}
+    control = out / "rlhf_control.pt"
+    paths |= {"no rejection": control} if cfg.rounds and control.exists() else {}
     last = f"V{cfg.rounds}" if cfg.rounds else "SFT"  # PPO's start, compared on all prompts
     said = {name: test_answers(at.open(path), rows if name == last else few, at)
             for name, path in paths.items()}
@@ -974,10 +979,10 @@ def main(cfg: Config) -> dict:
 
         examine = data.Annotator(at.village).examine
         final |= examine(functools.partial(give, policy), cfg.eval_prompts)
-        if cfg.rounds:
-            print("the control, trained on picks at random:")
-            control = functools.partial(give, at.open(out / "rlhf_random.pt"))
-            final["random_picks"] = examine(control, cfg.eval_prompts, temperatures=(0.5,))
+        if cfg.rounds and (out / "rlhf_control.pt").exists():
+            print("the control, trained as long on SFT's own answers, none rejected:")
+            control = functools.partial(give, at.open(out / "rlhf_control.pt"))
+            final["no_rejection"] = examine(control, cfg.eval_prompts, temperatures=(0.5,))
         final["win_rates"], shifts, final["versions"] = compare_versions(policy, at)
         final |= final["versions"]["PPO"]
     final["minutes"] = (time.time() - began) / 60

@@ -71,8 +71,7 @@ PAPER = {"batch_size": 512, "micro_batch": 1}  # from 7b on, in place of the abo
 MARGINS = {  # m(rating), in the order of data.RATINGS: significantly better ... negligibly better
     "none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}  # [L2 Table 27]
 COLLECTED = ("helpful", "helpful_test", "safety", "safety_test")  # out/preferences_NAME.jsonl
-TEMPERATURES = (0.5, 0.8, 1.1)  # of the variants that are compared; UNSPECIFIED in L2
-CAUTIOUS = 0.15  # share of pairs in which one answer is a canned refusal, whatever was asked
+TEMPERATURES = (0.5, 0.8, 1.0)  # of the variants that are compared; UNSPECIFIED in L2
 MAX_ANSWER = 80  # tokens
 PRECISION = 0.89  # of the gate of RLHF: "threshold 0.15 ... precision of 0.89" [L2 §3.2.3]
 
@@ -191,14 +190,14 @@ def preferences(cfg: Config, name: str) -> Path:
 def compare(model, tokenizer, village, prompts: list, by: str, seed: str, world) -> list[dict]:
     """Rows of a preference file: two answers of different variants to each open dialogue.
 
-    The variants are temperatures, and one that refuses whatever is asked: without it no pair says
-    that refusing a harmless question is bad. by: "helpful" or "safe", the guidelines of the label.
+    The variants are temperatures; some first answers are what neither would say. by: "helpful" or
+    "safe", the guidelines of the label.
     """
     rng, annotator, rows = random.Random(f"compare {seed}"), data.Annotator(village), []
     jobs = [(prompt, t) for prompt in prompts for t in rng.sample(TEMPERATURES, 2)]
     answers = sample(model, tokenizer, jobs, rng.randrange(1 << 30), world)
-    for prompt, a, b in zip(prompts, answers[::2], answers[1::2]):
-        a = village.refusal(rng) if rng.random() < CAUTIOUS else a
+    first = village.oddities(prompts, answers[::2], rng)
+    for prompt, a, b in zip(prompts, first, answers[1::2]):
         if not a or not b or a == b:
             continue
         label = annotator.label(prompt, a, b, rng, by)
