@@ -1,10 +1,10 @@
 """Compile the C files of this folder with the machine's own compiler, once, and load them.
 
 The same sources make two libraries: one whose matrix products multiply float32 numbers, and one
-with -DBFLOAT16 (machine.h). A library is kept in the user's cache folder under a name made of the sources, the flags and what
-the compiler says of this processor, so that any change makes a new one. It is written under a
-temporary name, tried out in a process of its own and only then renamed: two processes that compile
-at once do no harm, and a library that crashes is never loaded here.
+with -DBFLOAT16 (machine.h). A library is kept in the user's cache folder under a name made of the
+sources, the flags and what the compiler says of this processor, so that any change makes a new one.
+It is written under a temporary name, tried out in a process of its own and only then renamed: two
+processes that compile at once do no harm, and a library that crashes is never loaded here.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Shape(ctypes.Structure):
 SIGNATURES = {
     "trunk_forward": "piippppppppn",
     "trunk_backward": "piipppppppppn",
-    "head_forward": "iiippppfppn",
-    "head_backward": "iiippppfppppn",
+    "head_forward": "iiippppfpppn",
+    "head_backward": "iiippppfpppppn",
     "rollout": "ppppiiipppffiipppn",
     "self_test": "",
 }
@@ -125,8 +125,10 @@ def load_library(products: str = "float32") -> ctypes.CDLL:
     """The compiled functions with their argument types set; OSError when they cannot be had."""
     lib = ctypes.CDLL(str(compile_library(products)))
     for name, letters in SIGNATURES.items():
-        function = getattr(lib, name)
+        function = getattr(lib, name, None)
+        if function is None:
+            continue  # a file that is in the float32 library only
         function.argtypes, function.restype = [TYPES[c] for c in letters], ctypes.c_int
     lib.isa.restype = lib.products.restype = ctypes.c_char_p
-    lib.saved_size.restype = ctypes.c_long
+    lib.saved_size.restype = lib.kept_size.restype = ctypes.c_long
     return lib
