@@ -79,7 +79,8 @@ def _threads(work: int) -> int:
 # ---------------------------------------------------------------------------------- trunk
 
 _spare: list[Tensor] = []  # buffers of activations that the last steps gave back: the operating
-SPARE = 2                  # system clears new memory page by page, 5% of a step
+SPARE = 3                  # system clears new memory page by page, 5% of a step
+LOGITS_KEPT = 1 << 27      # logits (N, V) kept for the backward pass; more are computed again
 
 
 def _take(size: int) -> Tensor:
@@ -90,6 +91,11 @@ def _take(size: int) -> Tensor:
     best = min(fits, key=torch.numel)
     _spare[:] = [b for b in _spare if b is not best]
     return best
+
+
+def _give_back(buffer: Tensor | None) -> None:
+    if buffer is not None:
+        _spare[:] = [buffer, *_spare][:SPARE]
 
 
 def trunk(model, tokens: Tensor, lengths: Tensor | None, segments: Tensor | None) -> Tensor:
@@ -147,8 +153,7 @@ class Trunk(torch.autograd.Function):
             ctypes.byref(ctx.shape), B, T, d_hidden.data_ptr(), ctx.lengths.data_ptr(),
             _pointer(ctx.segments), _pointers(weights), ctx.rope[0].data_ptr(),
             ctx.rope[1].data_ptr(), ctx.kept.data_ptr(), dx.data_ptr(), gradients.data_ptr(), n))
-        _spare[:] = [ctx.kept, *_spare][:SPARE]
-        ctx.kept = None
+        ctx.kept = _give_back(ctx.kept)
         parts = gradients.split([w.numel() for w in weights])
         parts = [p.view_as(w) if need else None
                  for p, w, need in zip(parts, weights, ctx.needs_input_grad[5:])]
@@ -165,11 +170,12 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, rows, targets, temperature):
         N, (V, D) = len(rows), weight.shape
         hidden = hidden.contiguous()
-        logp, log_sum = torch.empty(N), torch.empty(N)
-        ctx.lib = library()
+        logp, log_sum, ctx.lib = torch.empty(N), torch.empty(N), library()
+        keep = any(ctx.needs_input_grad) and N * V <= LOGITS_KEPT
+        ctx.kept = _take(ctx.lib.kept_size(N, V)) if keep else None
         _check(ctx.lib.head_forward(
             N, D, V, hidden.data_ptr(), rows.data_ptr(), weight.data_ptr(), targets.data_ptr(),
-            temperature, logp.data_ptr(), log_sum.data_ptr(), _threads(N)))
+            temperature, logp.data_ptr(), log_sum.data_ptr(), _pointer(ctx.kept), _threads(N)))
         ctx.save_for_backward(hidden, weight, rows, targets, log_sum)
         ctx.temperature = temperature
         return logp
@@ -181,8 +187,9 @@ class TokenLogprobs(torch.autograd.Function):
         d_hidden, d_weight = torch.zeros_like(hidden), torch.empty_like(weight)
         _check(ctx.lib.head_backward(
             N, D, V, hidden.data_ptr(), rows.data_ptr(), weight.data_ptr(), targets.data_ptr(),
-            ctx.temperature, log_sum.data_ptr(), g.data_ptr(), d_hidden.data_ptr(),
-            d_weight.data_ptr(), _threads(V)))
+            ctx.temperature, log_sum.data_ptr(), _pointer(ctx.kept), g.data_ptr(),
+            d_hidden.data_ptr(), d_weight.data_ptr(), _threads(V)))
+        ctx.kept = _give_back(ctx.kept)  # a second backward pass computes the logits again
         return d_hidden, d_weight if ctx.needs_input_grad[1] else None, None, None, None
 
 

@@ -19,7 +19,7 @@ import torch
 
 import kernels
 import model as M
-from kernels import build
+from kernels import build, native
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "torch": 1e-5}
 FOLDER = Path(kernels.__file__).parent
@@ -256,6 +256,7 @@ def head_and_gradients(hidden, weight, targets, mask, temperature):
     return {"logp": logp.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
 
+@pytest.mark.parametrize("kept", [1 << 27, 0])  # logits that the forward pass may keep
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("B, T, D, V, every, temperature", [
     (3, 17, 36, 203, 2, 0.7),  # half of the positions
@@ -264,7 +265,8 @@ def head_and_gradients(hidden, weight, targets, mask, temperature):
     (2, 3, 5, 1, 1, 1.0),  # one token: log p = 0
     (1, 5, 130, 515, 5, 0.1),  # a single position
 ])
-def test_log_probabilities_are_those_of_float64(path, B, T, D, V, every, temperature, monkeypatch):
+def test_log_probabilities_are_those_of_float64(path, kept, B, T, D, V, every, temperature,
+                                                monkeypatch):
     """float64 by the definition itself; logits of order 10, so some probabilities are tiny."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, D, generator=rng)
@@ -275,6 +277,7 @@ def test_log_probabilities_are_those_of_float64(path, B, T, D, V, every, tempera
     exact = (h @ w.t() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0] * mask
     (exact * torch.arange(B * T).cos().view(B, T)).sum().backward()
     monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 5 * V)  # PyTorch: several chunks
+    monkeypatch.setattr(native, "LOGITS_KEPT", kept)
     choose(path)
     ours = head_and_gradients(hidden, weight, targets.masked_fill(~mask, -100), mask, temperature)
     assert_near(ours["logp"], exact.detach(), "logp", path)
@@ -290,6 +293,18 @@ def test_no_position_chosen_is_zero_with_a_zero_gradient(path):
     got = head_and_gradients(torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3).long(),
                              torch.zeros(2, 3), 1.0)
     assert got["logp"].abs().sum() == 0 and got["hidden"].abs().sum() == 0
+
+
+@needs_c
+def test_a_second_backward_pass_through_the_head_gives_the_same(products):
+    """The first one gives back the logits that were kept; the second computes them again."""
+    hidden = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.randn(203, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    loss = kernels.token_logprobs(hidden, weight, random_tokens(ODD, 2, 9), torch.ones(2, 9)).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    for a, b in zip(first, second):
+        assert_near(a, b.double(), "gradient", products)
 
 
 @needs_c
