@@ -18,8 +18,8 @@ Differs from the paper: the network not at all. Initialisation is unspecified th
 
 from __future__ import annotations
 
-import argparse, contextlib, dataclasses, difflib, functools, inspect, json, math, os, pickle, sys
-import time, typing, zlib
+import argparse, contextlib, dataclasses, difflib, functools, inspect, json, math, os, pickle
+import sys, time, typing, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -726,13 +726,14 @@ def cli(Config, argv: list[str] | None = None):
             self.exit(2)
 
     doc = sys.modules[Config.__module__].__doc__
-    parser = Parser(description=doc, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=functools.partial(
+        argparse.RawDescriptionHelpFormatter, width=100, max_help_position=34))
     hints, comments = typing.get_type_hints(Config), _field_comments(Config)
     for field in dataclasses.fields(Config):
         kind, flag = hints[field.name], "--" + field.name.replace("_", "-")
-        options = dict(default=argparse.SUPPRESS, help=f"{comments.get(field.name, '')} "
-                       f"(default: {field.default})".replace("%", "%%").strip())
+        default = "" if field.default in (None, "") else f" (default: {field.default})"
+        text = (comments.get(field.name, "") + default).strip().replace("%", "%%")
+        options = dict(default=argparse.SUPPRESS, help=text)
         if type(None) in typing.get_args(kind):  # `str | None`: the flag takes the str
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
         if typing.get_origin(kind) is typing.Literal:
@@ -775,8 +776,8 @@ def run(main, Config) -> None:
         main(cli(Config))
     except BrokenPipeError:  # `... | head` closed the pipe: nobody is reading any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError) as e:
-        complain(f"{name}: {e}")
+    except (ValueError, OSError) as e:  # one line, even if a file's content stands in the message
+        complain(f"{name}: {e}".replace("\n", " "))
         raise SystemExit(2) from None
     except FloatingPointError as e:  # a non-finite loss: the last good checkpoint is untouched
         complain(f"{name}: {e}")

@@ -43,7 +43,7 @@ SIGNATURES = {
     "generate": "piipifffiippn",
     "self_test": "",
 }
-SIZES = {"saved_size": "pi", "kept_size": "iii", "packed_bytes": "iii", "cache_numbers": "pi"}
+SIZES = {"saved_size": "pi", "kept_size": "ii", "packed_bytes": "iii", "cache_numbers": "pi"}
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float, "n": ctypes.c_int}
 
 

@@ -1513,7 +1513,7 @@ def test_help_is_the_config_block_itself(capsys):
     assert e.value.code == 0 and "What model.py promises" in text
     for part in ("--max-steps INT", "optimizer steps; 100% of them (default: 5)", "--lr FLOAT",
                  "peak; paper: 3e-4 (Table 1) (default: 0.0003)", "--data STR",
-                 "path; None: the tiny world (default: None)", "--limit INT", "--no-shuffle",
+                 "path; None: the tiny world --limit", "--limit INT rows --resume", "--no-shuffle",
                  "{auto,c,torch}", "every epoch (default: True)"):
         assert part in text, part
 
@@ -1538,6 +1538,7 @@ def test_run_gives_main_the_config(monkeypatch):
 
 @pytest.mark.parametrize("error, code, line", [
     (ValueError("rows.jsonl:3: no prompt"), 2, "stage.py: rows.jsonl:3: no prompt\n"),
+    (ValueError("unknown name 'a\nb'"), 2, "stage.py: unknown name 'a b'\n"),
     (FileNotFoundError("a.pt does not exist"), 2, "stage.py: a.pt does not exist\n"),
     (OSError("disk full"), 2, "stage.py: disk full\n"),
     (FloatingPointError("loss is nan at step 3"), 1, "stage.py: loss is nan at step 3\n"),
