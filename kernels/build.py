@@ -13,7 +13,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("gemm.c", "layer.c", "attention.c", "weights.c", "block.c", "trunk.c", "head.c",
-           "rollout.c")
+           "rollout.c", "bench.c")  # bench.c: each kernel alone, for `python -m kernels`
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-fopenmp-simd",  # simd pragmas only: no OpenMP threads
          "-fvisibility=hidden", "-pthread")
