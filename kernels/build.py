@@ -13,7 +13,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("gemm.c", "layer.c", "attention.c", "weights.c", "block.c", "trunk.c", "head.c",
-           "rollout.c", "bench.c")  # bench.c: each kernel alone, for `python -m kernels`
+           "rollout.c", "decode.c", "bench.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-fopenmp-simd",  # simd pragmas only: no OpenMP threads
          "-fvisibility=hidden", "-pthread")
@@ -36,6 +36,8 @@ SIGNATURES = {
     "head_forward": "iiippppfppn",
     "head_backward": "iiippppfppppn",
     "rollout": "ppppiiipppffiipppn",
+    "quantise": "pipn",
+    "generate": "piipifffiippn",
     "self_test": "",
 }
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float, "n": ctypes.c_int}
@@ -116,4 +118,7 @@ def load_library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.argtypes, function.restype = [TYPES[c] for c in letters], ctypes.c_int
     lib.isa.restype = ctypes.c_char_p
+    for name, letters in {"packed_bytes": "iii", "cache_numbers": "pi"}.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = [TYPES[c] for c in letters], ctypes.c_long
     return lib

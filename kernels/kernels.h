@@ -6,6 +6,7 @@
  *     attention.c  causal attention                weights.c  packing of the weights
  *     block.c      one block of the network        trunk.c    all blocks, all sequences: training
  *     head.c       log-probabilities of tokens     rollout.c  generation in batches
+ *     decode.c     one answer, weights in 4, 8, 16 or 32 bits
  *
  * Names of sizes are model.py's: B T D H KV hd F V L; E = D + 2 KV hd is the width of q, k and v
  * side by side. A matrix (M, N; ld) has ld floats from one row to the next.
@@ -174,5 +175,18 @@ Gradients gradients_at(const Shape *s, float *flat, long l);
 Backward backward_buffers(const Shape *s, long T, Pool *pool);
 void block_backward(const Shape *s, long T, const Layer *l, const Packed *p, const float *cos,
     const float *sin, const int64_t *segments, Saved a, const Backward *w, Gradients g);
+
+/* ------------------------------------------------------------------------------------ rollout.c */
+
+/* A token that may be drawn, and its probability. */
+typedef struct {
+    float p;
+    int32_t token;
+} Candidate;
+
+float uniform(int64_t seed, int64_t row, int64_t position);
+long argmax(long V, const float *z);
+long draw(long V, float *z, float temperature, float top_p, float u, float *kept, Candidate *c,
+    float *logp);
 
 #endif

@@ -10,6 +10,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -128,5 +129,239 @@ static inline void in_threads(Job job, void *task, int n_threads) {
         else job(task, i, n_threads); /* no thread to be had: do its share here */
     }
 }
+
+/* ------------------------------------------------- threads that wait for each other: decoding */
+
+/* Where the threads of a job meet: nobody goes on before all have come. They spin, since what lies
+ * between two meetings takes microseconds; when another program has the core they need, they let
+ * it run. */
+typedef struct {
+    int waiting, round;
+} Meeting;
+
+INLINE void meet(Meeting *m, int n_threads) {
+    if (n_threads == 1) return;
+    int round = __atomic_load_n(&m->round, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&m->waiting, 1, __ATOMIC_ACQ_REL) == n_threads) {
+        __atomic_store_n(&m->waiting, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&m->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (long spins = 0; __atomic_load_n(&m->round, __ATOMIC_ACQUIRE) == round; spins++)
+        if (spins > 20000) sched_yield();
+}
+
+typedef struct {
+    Start start;
+    int *n_threads; /* how many there are; 0 as long as that is not known */
+} Member;
+
+static inline void *join_in(void *p) {
+    Member *m = p;
+    int n;
+    while (!(n = __atomic_load_n(m->n_threads, __ATOMIC_ACQUIRE))) sched_yield();
+    m->start.job(m->start.task, m->start.thread, n);
+    return NULL;
+}
+
+/* in_threads for a job whose threads meet: all of them run at once, so n_threads in the job is the
+ * number that could be had. */
+static inline void in_company(Job job, void *task, int n_threads) {
+    pthread_t ids[256];
+    Member members[256];
+    int made = 1, known = 0;
+    for (; made < n_threads; made++) {
+        members[made] = (Member){{job, task, made, 0}, &known};
+        if (pthread_create(&ids[made], NULL, join_in, &members[made])) break;
+    }
+    __atomic_store_n(&known, made, __ATOMIC_RELEASE);
+    job(task, 0, made);
+    for (int i = 1; i < made; i++) pthread_join(ids[i], NULL);
+}
+
+/* ---------------------------------------------------------- numbers of 16, 8 and 4 bits: decoding */
+
+typedef int32_t ivec __attribute__((vector_size(VLEN * 4)));
+typedef int32_t ivec_anywhere __attribute__((vector_size(VLEN * 4), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(VLEN * 4)));
+typedef uint16_t shorts __attribute__((vector_size(VLEN * 2), aligned(2), may_alias));
+
+INLINE float as_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* bfloat16 is the upper half of a float32. */
+INLINE float widen_bf16(uint16_t h) { return as_float((uint32_t)h << 16); }
+INLINE vec load_bf16(const uint16_t *p) {
+    return (vec)(__builtin_convertvector(*(const shorts *)p, uvec) << 16);
+}
+INLINE uint16_t narrow_bf16(float f) { /* to the nearest, ties to even; nan stays nan */
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if (f != f) return (uint16_t)(u >> 16 | 64);
+    return (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+}
+
+/* float16: 1 sign, 5 exponent, 10 mantissa bits. Moved to a float's places, the exponent is too
+ * small by 112, which a multiplication mends, for subnormal numbers too. */
+INLINE float widen_fp16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7FFF) << 13;
+    if (rest >= 0x0F800000) return as_float(sign | 0x70000000 | rest); /* inf, nan */
+    return as_float(sign | 0x77800000) * as_float(rest);
+}
+
+#if defined(__F16C__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+INLINE vec load_fp16(const uint16_t *p) {
+#if defined(__F16C__) && VLEN == 8
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    vec v;
+    for (int i = 0; i < VLEN; i++) v[i] = widen_fp16(p[i]);
+    return v;
+#endif
+}
+
+INLINE float sum_of(vec v) {
+    float sum = 0;
+    for (int i = 0; i < VLEN; i++) sum += v[i];
+    return sum;
+}
+
+/* Products of whole numbers: 16 rows of a matrix times 32 columns, start + sum_k w[r][k] x[k], one
+ * sum per row in NI vectors. The weights lie so that 4 columns of 16 rows are 64 bytes in a row,
+ *
+ *     int8   k0: r0 c0..3, r1 c0..3, .. r15 c0..3   k1: r0 c4..7, ..   .. k7        512 bytes
+ *     int4   the same 4 times, with column c + 16 in the upper half of column c's byte
+ *
+ * since that is what one instruction of each machine takes: 4 products per 32-bit lane, summed.
+ *
+ * int4 is stored as 0..15 for -8..7; int8 plus W8_ZERO, because AVX512's instruction wants one
+ * factor without sign. The caller's start takes both away again: -8 sum_k x[k], -W8_ZERO sum_k x[k].
+ * |x| is at most 127, and so is |w| of int8. */
+#define ROWS 16
+#define NI (ROWS / VLEN)
+
+INLINE int32_t four(const int8_t *x) { /* 4 bytes as they lie */
+    int32_t bytes;
+    memcpy(&bytes, x, 4);
+    return bytes;
+}
+
+#if defined(__AVX512VNNI__)
+#define W8_ZERO 128
+
+INLINE void dot_int8(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
+    __m512i s = _mm512_set1_epi32(start);
+    for (int k = 0; k < 8; k++)
+        s = _mm512_dpbusd_epi32(s, _mm512_loadu_si512(w + 64 * k),
+                                _mm512_set1_epi32(four(x + 4 * k)));
+    sum[0] = (ivec)s;
+}
+
+INLINE void dot_int4(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
+    __m512i s = _mm512_set1_epi32(start), low = _mm512_set1_epi8(15);
+    for (int k = 0; k < 4; k++) {
+        __m512i b = _mm512_loadu_si512(w + 64 * k);
+        s = _mm512_dpbusd_epi32(s, _mm512_and_si512(b, low),
+                                _mm512_set1_epi32(four(x + 4 * k)));
+        s = _mm512_dpbusd_epi32(s, _mm512_and_si512(_mm512_srli_epi16(b, 4), low),
+                                _mm512_set1_epi32(four(x + 4 * k + 16)));
+    }
+    sum[0] = (ivec)s;
+}
+#elif defined(__AVX2__)
+#define W8_ZERO 0
+
+/* maddubs: bytes without sign times bytes with sign, neighbours summed to 16 bits; madd with ones
+ * sums those to 32. The sign of x moves to w, so that |x| is the factor without sign: at most
+ * 2 * 127 * 127 < 2^15. Four bits leave room for eight such sums: 8 * 2 * 15 * 127 < 2^15. */
+INLINE void dot_int8(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
+    __m256i ones = _mm256_set1_epi16(1), s[2] = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
+    for (int k = 0; k < 8; k++) {
+        __m256i b = _mm256_set1_epi32(four(x + 4 * k)), a = _mm256_abs_epi8(b);
+        for (int i = 0; i < 2; i++) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(w + 64 * k + 32 * i));
+            v = _mm256_maddubs_epi16(a, _mm256_sign_epi8(v, b));
+            s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(v, ones));
+        }
+    }
+    memcpy(sum, s, sizeof s);
+}
+
+INLINE void dot_int4(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
+    __m256i low = _mm256_set1_epi8(15), s[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int k = 0; k < 4; k++) {
+        __m256i x0 = _mm256_set1_epi32(four(x + 4 * k)), x1 = _mm256_set1_epi32(four(x + 4 * k + 16));
+        for (int i = 0; i < 2; i++) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(w + 64 * k + 32 * i));
+            __m256i a = _mm256_maddubs_epi16(_mm256_and_si256(v, low), x0);
+            v = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+            s[i] = _mm256_add_epi16(s[i], _mm256_add_epi16(a, _mm256_maddubs_epi16(v, x1)));
+        }
+    }
+    for (int i = 0; i < 2; i++)
+        s[i] = _mm256_add_epi32(_mm256_madd_epi16(s[i], _mm256_set1_epi16(1)),
+                                _mm256_set1_epi32(start));
+    memcpy(sum, s, sizeof s);
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define W8_ZERO 0
+
+INLINE void dot_int8(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
+    for (int i = 0; i < 4; i++) {
+        int32x4_t s = vdupq_n_s32(start);
+        for (int k = 0; k < 8; k++)
+            s = vdotq_s32(s, vld1q_s8((const int8_t *)w + 64 * k + 16 * i),
+                          vreinterpretq_s8_s32(vdupq_n_s32(four(x + 4 * k))));
+        sum[i] = (ivec)s;
+    }
+}
+
+INLINE void dot_int4(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
+    for (int i = 0; i < 4; i++) {
+        int32x4_t s = vdupq_n_s32(start);
+        for (int k = 0; k < 4; k++) {
+            uint8x16_t b = vld1q_u8(w + 64 * k + 16 * i);
+            s = vdotq_s32(s, vreinterpretq_s8_u8(vandq_u8(b, vdupq_n_u8(15))),
+                          vreinterpretq_s8_s32(vdupq_n_s32(four(x + 4 * k))));
+            s = vdotq_s32(s, vreinterpretq_s8_u8(vshrq_n_u8(b, 4)),
+                          vreinterpretq_s8_s32(vdupq_n_s32(four(x + 4 * k + 16))));
+        }
+        sum[i] = (ivec)s;
+    }
+}
+#else /* any machine; the definition of the two */
+#define W8_ZERO 0
+
+INLINE void dot_int8(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
+    int32_t s[ROWS];
+    for (int r = 0; r < ROWS; r++) s[r] = start;
+    for (int k = 0; k < 8; k++)
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < 4; c++) s[r] += (int8_t)w[64 * k + 4 * r + c] * x[4 * k + c];
+    memcpy(sum, s, sizeof s);
+}
+
+INLINE void dot_int4(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
+    int32_t s[ROWS];
+    for (int r = 0; r < ROWS; r++) s[r] = start;
+    for (int k = 0; k < 4; k++)
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < 4; c++) {
+                int byte = w[64 * k + 4 * r + c];
+                s[r] += (byte & 15) * x[4 * k + c] + (byte >> 4) * x[4 * k + c + 16];
+            }
+    memcpy(sum, s, sizeof s);
+}
+#endif
 
 #endif

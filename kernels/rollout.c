@@ -24,13 +24,13 @@ static uint64_t mix(uint64_t z) {
 }
 
 /* A number in [0, 1) for (seed, row, position). */
-static float uniform(int64_t seed, int64_t row, int64_t position) {
+float uniform(int64_t seed, int64_t row, int64_t position) {
     uint64_t bits = mix(mix(mix((uint64_t)seed) ^ (uint64_t)row) ^ (uint64_t)position);
     return (float)(bits >> 40) / (float)(1 << 24);
 }
 
 /* The index of the largest of z (V), the first if several. */
-static ALONE long argmax(long V, const float *z) {
+ALONE long argmax(long V, const float *z) {
     float top = z[0];
 #pragma omp simd reduction(max : top)
     for (long v = 0; v < V; v++) top = z[v] > top ? z[v] : top;
@@ -52,11 +52,6 @@ static ALONE long invert(long n, const float *p, float u) {
     }
     return n - 1;
 }
-
-typedef struct {
-    float p;
-    int32_t token;
-} Candidate;
 
 static int by_p(const void *a, const void *b) { /* most likely first; ties: the smaller token */
     const Candidate *x = a, *y = b;
@@ -82,8 +77,8 @@ static long nucleus(long V, const float *p, float top_p, float u, float *kept, C
 
 /* Draw a token from logits z (V), which are overwritten; *logp becomes its log-probability in the
  * plain distribution at this temperature (1 if greedy), whatever top_p. kept, c (V): scratch. */
-static ALONE long draw(long V, float *z, float temperature, float top_p, float u, float *kept,
-                       Candidate *c, float *logp) {
+ALONE long draw(long V, float *z, float temperature, float top_p, float u, float *kept,
+                Candidate *c, float *logp) {
     float divisor = temperature == 0 ? 1.0f : temperature, top = -INFINITY, sum = 0;
     long token = temperature > 0 ? 0 : argmax(V, z);
 #pragma omp simd reduction(max : top)
