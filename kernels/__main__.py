@@ -29,6 +29,7 @@ import torch
 
 import kernels, model as M
 from kernels import native, ops, peers
+from kernels.decode import Decoder
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -42,7 +43,7 @@ class Config:
     rounds: int = 5  # of each measurement, after one that is thrown away
     seconds: float = 1.5  # each contestant runs per round, at least
     peers: bool = True  # also time transformers, trl and llama-cpp-python if installed
-    only: str = ""  # only contestants whose name contains this, beside ours
+    only: str = ""  # only contestants whose name contains one of these words, comma between
     checkpoint: str | None = None  # decode: a model folder or file to read instead of random weights
     quick: bool = False  # tiny sizes, one round: shows that everything runs, its times mean nothing
 
@@ -88,17 +89,25 @@ def check(cfg: Config) -> int:
 
 
 def check_generation() -> int:
-    """Greedy answers of rows of different lengths against model.py; returns 1 if they differ."""
-    net, rng = ops.network(M.ModelConfig(48, 2, 6, 3, 75, 211, 300), gain=6.0), torch.Generator()
-    prompts = [torch.randint(0, 211, (n,), generator=rng).tolist() for n in (3, 30, 8)]
+    """Greedy answers of both generators against model.py; returns how many differ."""
+    net = ops.network(M.ModelConfig(48, 2, 6, 3, 75, 211, 300), gain=6.0)
+    prompts, twin = [[5, 3, 8], list(range(30)), [210] * 8], ops.in_float64(net)
+    expected, exact = M.rollout(twin, prompts, 250, temperature=0.0)
     tokens, logps = native.rollout(net, prompts, 250, 0.0, 1.0, 0, None, None)
-    expected, exact = M.rollout(ops.in_float64(net), prompts, 250, temperature=0.0)
-    same = tokens == expected
     off = max(abs(a - b) for x, y in zip(logps, exact) for a, b in zip(x, y))
-    print(f"rollout: {sum(map(len, tokens))} greedy tokens of 3 rows "
-          + ("are those of model.py in float64" if same else "DIFFER from model.py in float64")
-          + f"; log-probabilities within {off:.1e} nats")
-    return int(not same or off > 1e-3)
+    same = [tokens == expected and off < 1e-3,
+            list(Decoder.of(net, "fp32").stream(prompts[0], 250, temperature=0.0)) == expected[0]]
+    for name, right in zip((f"rollout of 3 rows, {sum(map(len, tokens))} greedy tokens",
+                            f"decoding in fp32, {len(expected[0])} greedy tokens"), same):
+        print(f"{name:<49}{'those of float64' if right else 'NOT those of float64   WRONG':>30}")
+    calm = ops.network(net.config)  # where rounding a weight does not turn the answer over
+    exact = ops.in_float64(calm)(torch.tensor([prompts[1]]))[0]
+    for dtype, limit in (("fp32", TOLERANCE), ("bf16", 0.02), ("int8", 0.03), ("int4", 0.3)):
+        e = error([Decoder.of(calm, dtype).logits(prompts[1])], [exact])
+        same.append(e < limit)
+        print(f"{f'decoding in {dtype}, logits of 30 tokens':<34}{e:>15.1e}"
+              f"{f'at most {limit:g}':>15}" + ("" if same[-1] else "   WRONG"))
+    return same.count(False)
 
 
 # ---------------------------------------------------------------------------------- measuring

@@ -174,16 +174,26 @@ def rollout_ours(tick, job: Job) -> None:
 
 
 def decode_ours(tick, job: Job) -> None:
-    """One answer, greedy, by the calls that rollouts make."""
-    if job.checkpoint:
-        import convert
-        kernels.choose(job.path)
-        model = convert.load(job.checkpoint, dtype=torch.float32)[0]
-    else:
-        model = our_model(job)
-    prompt = random_tokens(job, job.prompt).tolist()
+    """One greedy answer after another, by what chat.py speaks with; every prompt is a new one."""
+    from kernels.decode import Decoder
+
+    source = model_source(job)
+    decoder = Decoder(source.config, {n: w.read for n, w in source.weights.items()}, job.dtype)
+    prompt, answers = random_tokens(job, job.prompt).tolist(), 0
     while True:
-        kernels.rollout(model, [prompt], job.new, temperature=0.0)
+        prompt[0] = 2 + answers % (job.config.vocab_size - 2)  # nothing of it is in the cache
+        for _ in decoder.stream(prompt, job.new, temperature=0.0):
+            pass
+        answers += 1
+        tick(job.new)
+
+
+def decode_plain(tick, job: Job) -> None:
+    """The same by model.stream."""
+    model, prompt = our_model(job), random_tokens(job, job.prompt).tolist()
+    while True:
+        for _ in M.stream(model, prompt, job.new, temperature=0.0):
+            pass
         tick(job.new)
 
 
@@ -329,6 +339,13 @@ def ppo_trl(tick, job: Job) -> None:
 # ------------------------------------------------------------------------------- llama-cpp-python
 
 
+def model_source(job: Job):
+    """What to decode with, still unread: the checkpoint, or random weights of the job's shape."""
+    import convert
+
+    return convert.open_model(job.checkpoint) if job.checkpoint else random_source(job.config)
+
+
 def random_source(config: M.ModelConfig):
     """A model of random weights that convert.py can write; each tensor is drawn when it is read."""
     import convert
@@ -352,7 +369,7 @@ def decode_llama_cpp(tick, job: Job) -> None:
 
     import convert
 
-    source = convert.open_model(job.checkpoint) if job.checkpoint else random_source(job.config)
+    source = model_source(job)
     path = Path(job.folder) / f"{job.dtype}.gguf"
     convert.write_gguf(source, path, job.dtype)
     llm = llama_cpp.Llama(str(path), n_ctx=source.config.max_seq_len, n_threads=job.threads,
@@ -392,7 +409,9 @@ TASKS = {  # part: {what is timed: (unit, contestants)}
         Entry("transformers generate bf16", HF, generate_transformers, {"dtype": "bfloat16"}),
         Entry("transformers static cache fp32", HF, generate_transformers, {"mode": "static"})])},
     "decode": {"decoding": ("tokens/s", [
-        *ours(decode_ours),
+        *(Entry(f"ours, C {dtype}", None, decode_ours, {"dtype": dtype})
+          for dtype in ("int4", "int8", "bf16", "fp32")),
+        Entry("ours, PyTorch fp32", None, decode_plain, {}),
         Entry("transformers fp32", HF, generate_transformers, {}),
         Entry("transformers bf16", HF, generate_transformers, {"dtype": "bfloat16"}),
         Entry("llama.cpp F32", LLAMA, decode_llama_cpp, {"dtype": "fp32"}),
@@ -416,7 +435,8 @@ class Result:
     name: str
     rates: list[float]  # amount per second of each counted round; empty if it failed
     setup: float = 0.0  # s from its first line to its first finished piece of work
-    peak: float = 0.0  # MiB resident at most
+    peak: float = 0.0  # MiB resident at most, mapped files included
+    own: float = 0.0  # MiB of that which no file backs, at most after a piece of work
     note: str = ""
 
 
@@ -425,7 +445,7 @@ class Referee:
 
     def __init__(self, pipe, seconds: float):
         self.pipe, self.seconds, self.born = pipe, seconds, time.perf_counter()
-        self.began, self.done = None, 0.0
+        self.began, self.done, self.own = None, 0.0, 0.0
 
     def tick(self, amount: float) -> None:
         """So much more is done. Returns when there is time for more; Finished ends it all."""
@@ -437,6 +457,7 @@ class Referee:
             return
         else:
             self.pipe.send(("rate", self.done / (now - self.began)))
+        self.own = max(self.own, memory("RssAnon"))
         if self.pipe.recv() != "go":
             raise Finished
         self.began, self.done = time.perf_counter(), 0.0
@@ -447,23 +468,24 @@ def contestant(pipe, function, job: Job) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     torch.set_num_threads(job.threads)
+    referee = Referee(pipe, job.seconds)
     try:
-        function(Referee(pipe, job.seconds).tick, job)
+        function(referee.tick, job)
     except Finished:
-        pipe.send(("peak", peak_memory()))
+        pipe.send(("memory", (memory("VmHWM"), referee.own)))
     except Exception as e:  # whatever a peer raises is one line of the table
         line = (str(e).strip().splitlines() or [""])[0]
         pipe.send(("failed", f"{type(e).__name__}: {line}"[:120]))
 
 
-def peak_memory() -> float:
-    """The most memory this process has held, in MiB; nan where the system does not say.
+def memory(name: str) -> float:
+    """A line of this process's status, in MiB; nan where the system has none.
 
     Not getrusage: its figure is inherited from the parent when a process starts.
     """
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")),
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":")),
                 float("nan"))
 
 
@@ -500,8 +522,8 @@ def contest(entries: list[Entry], job: Job, rounds: int) -> list[Result]:
     return list(results.values())
 
 
-def answer(pipe, result: Result, seconds: float) -> float:
-    """The number a contestant sends; 0 and a note if it failed or takes too long."""
+def answer(pipe, result: Result, seconds: float):
+    """What a contestant sends; 0 and a note if it failed or takes too long."""
     try:
         kind, value = pipe.recv() if pipe.poll(seconds) else ("failed", f"nothing in {seconds} s")
     except EOFError:
@@ -517,7 +539,7 @@ def end(process, pipe, result: Result) -> None:
     with contextlib.suppress(BrokenPipeError, OSError):
         pipe.send("stop")
         if result.rates:
-            result.peak = answer(pipe, Result("", []), 30)
+            result.peak, result.own = answer(pipe, Result("", []), 30) or (0.0, 0.0)
     process.join(10)
     if process.is_alive():
         process.kill()
@@ -548,7 +570,7 @@ def spread(values: list[float], form: str) -> tuple[str, str]:
 def show(title: str, unit: str, results: list[Result]) -> None:
     """One table: rates, and how many times faster the first contestant is, round by round."""
     print(f"\n{title}\n{'':<32}{unit:>13} {'(least-most)':<20}{'ours is':>8} {'(least-most)':<14}"
-          f"{'peak MiB':>9}{'start s':>9}")
+          f"{'peak MiB':>9}{'no file':>9}{'start s':>9}")
     first = results[0]
     for r in results:
         if not r.rates:
@@ -563,7 +585,7 @@ def show(title: str, unit: str, results: list[Result]) -> None:
             ratio, about = spread([a / b for a, b in pairs], ".2f")
             ratio += "x"
         print(f"{r.name:<32}{middle:>13} {width:<20}{ratio:>8} {about:<14}{r.peak:>9,.0f}"
-              f"{r.setup:>9.1f}  {r.note}")
+              f"{r.own:>9,.0f}{r.setup:>9.1f}  {r.note}")
 
 
 def share_of_limits(result: Result, job: Job, limits) -> None:
@@ -582,8 +604,10 @@ def installed(entries: list[Entry], cfg, missing: set) -> list[Entry]:
     """Those that can run and are wanted; collects the packages that are not there."""
     kept = []
     for entry in entries:
-        if entry.package and (not cfg.peers or cfg.only not in entry.name):
+        if not any(word in entry.name for word in cfg.only.split(",")):
             continue
+        if entry.package and (not cfg.peers or cfg.checkpoint and entry.package == HF):
+            continue  # transformers does not read every format that we do
         if entry.package and not importlib.util.find_spec(entry.package):
             missing.add(entry.package)
             continue
