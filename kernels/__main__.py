@@ -44,7 +44,7 @@ class Config:
     seconds: float = 1.5  # each contestant runs per round, at least
     peers: bool = True  # also time transformers, trl and llama-cpp-python if installed
     only: str = ""  # only contestants whose name contains one of these words, comma between
-    checkpoint: str | None = None  # decode: a model folder or file to read instead of random weights
+    checkpoint: str | None = None  # decode: a model's folder or file instead of random weights
     quick: bool = False  # tiny sizes, one round: shows that everything runs, its times mean nothing
 
 
@@ -169,8 +169,8 @@ PLACES = {"first-level cache": 1 << 14, "second-level cache": 1 << 18, "third-le
 
 def measure_limits(cfg: Config) -> Limits:
     """Measures and prints them; a few seconds."""
-    n, c = torch.get_num_threads(), M.ModelConfig(384, 1, 1, 1, 384, 1, 16)
-    lib, out = ops.library(), [torch.zeros(1024) for _ in range(n)]
+    n, lib = torch.get_num_threads(), ops.library()
+    out = [torch.zeros(1024) for _ in range(n)]
     per_round = lib.bench_multiply_add(1, out[0].data_ptr())  # operations
     adds = in_cores([lambda r, o=o: ops.call("bench_multiply_add", 1000 * r, o) for o in out])
     tiles = [ops.product("", 0, 240, 384, 384, torch.Generator()) for _ in range(n)]
@@ -199,6 +199,22 @@ def measure_limits(cfg: Config) -> Limits:
         name = f"{place}, {size >> 10:,} KiB per core"
         print(f"  {name:<44}{read[place] / 1e9:>8.0f} GB/s read, {copy[place] / 1e9:.0f} copied")
     return limits
+
+
+def products_of(sizes: list[str], limits: Limits, cfg: Config) -> None:
+    """The widest product of each model (gate and up): ours in every core, PyTorch's on all rows."""
+    for shape in sizes:
+        (config, B), n = peers.SHAPES[shape], torch.get_num_threads()
+        T, K, N = config.max_seq_len, config.dim, 2 * config.hidden_dim
+        alone = [ops.product("", 0, T, N, K, torch.Generator()) for _ in range(n)]
+        pairs = [(torch.randn(B * T, K).to(kind), torch.randn(K, N).to(kind))
+                 for kind in (torch.float32, torch.bfloat16)]
+        speeds = rates([in_cores([op.ours for op in alone])]
+                       + [repeated(lambda p=p: p[0] @ p[1]) for p in pairs],
+                       [n * alone[0].flops] + 2 * [B * alone[0].flops], cfg)
+        texts = [f"{name} {speed / 1e9:.0f} ({speed / limits.multiply_add:.0%})" for name, speed in
+                 zip(("ours", "PyTorch float32", "bfloat16"), speeds)]
+        print(f"  {f'{shape}, {B * T} x {N} x {K}, GFLOP/s':<44}{', '.join(texts)}")
 
 
 # ------------------------------------------------------------------------------------ op table
@@ -275,6 +291,7 @@ def main(cfg: Config) -> None:
     limits = None
     if compiled and {"limits", "ops", "train"} & set(parts):
         limits = measure_limits(cfg)
+        products_of(sizes, limits, cfg)
     for shape in sizes:
         if compiled and "ops" in parts:
             op_table(shape, limits, cfg)

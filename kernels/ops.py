@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels, model as M
+import model as M
 from kernels import build, native
 
 SIGNATURES = {  # of bench.c; letters as in build.SIGNATURES

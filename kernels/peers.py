@@ -251,9 +251,10 @@ def generate_transformers(tick, job: Job) -> None:
     if job.dtype == "bfloat16":
         model = model.bfloat16()
     x = random_tokens(job, job.rows, job.prompt)
-    options = dict(max_new_tokens=job.new, min_new_tokens=job.new, attention_mask=x.new_ones(x.shape))
-    options |= dict(do_sample=True, temperature=1.0, top_k=0) if job.rows > 1 else \
-        dict(do_sample=False)
+    options = dict(max_new_tokens=job.new, min_new_tokens=job.new,
+                   attention_mask=torch.ones_like(x), do_sample=job.rows > 1)
+    if job.rows > 1:
+        options |= dict(temperature=1.0, top_k=0)
     if job.mode == "static":
         options["cache_implementation"] = "static"
     while True:
@@ -326,7 +327,7 @@ def ppo_trl(tick, job: Job) -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     options, tokenizer, Tick = trl_parts(tick, job)
-    config = PPOConfig(per_device_train_batch_size=job.rows, num_mini_batches=4, num_ppo_epochs=1,
+    config = PPOConfig(per_device_train_batch_size=job.rows, num_mini_batches=min(4, job.rows), num_ppo_epochs=1,
                        local_rollout_forward_batch_size=job.rows, response_length=job.new,
                        total_episodes=10**6, num_sample_generations=0, temperature=1.0,
                        **options | dict(learning_rate=1e-6))
@@ -493,7 +494,8 @@ def contest(entries: list[Entry], job: Job, rounds: int) -> list[Result]:
     """Let all set up, one after another, then work in turn; one Result each."""
     processes, results = {}, {entry.name: Result(entry.name, []) for entry in entries}
     context = multiprocessing.get_context("spawn")
-    with environment(OMP_NUM_THREADS=str(job.threads), HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1",
+    with environment(OMP_NUM_THREADS=str(job.threads), HF_HUB_OFFLINE="1",
+                     TRL_EXPERIMENTAL_SILENCE="1",
                      TORCHINDUCTOR_CACHE_DIR=f"{job.folder}/inductor"):
         for entry in entries:
             here, there = context.Pipe()
@@ -596,8 +598,8 @@ def share_of_limits(result: Result, job: Job, limits) -> None:
     done = statistics.median(result.rates) * flops
     print(f"{result.name}: {flops / 1e6:.2f} MFLOP per token, {done / 1e9:.0f} GFLOP/s; that is "
           f"{done / limits.torch_float32:.0%} of PyTorch's float32 product, "
-          f"{done / limits.torch_bfloat16:.0%} of its bfloat16 product, {done / limits.product:.0%} "
-          f"of ours")
+          f"{done / limits.torch_bfloat16:.0%} of its bfloat16 product, "
+          f"{done / limits.product:.0%} of ours")
 
 
 def installed(entries: list[Entry], cfg, missing: set) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""python -m kernels: what it checks, what it prints, how it referees. Never how fast anything is."""
+"""python -m kernels: what it checks, what it prints, how it referees; never how fast."""
 import subprocess
 import sys
 import time
