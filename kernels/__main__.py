@@ -279,17 +279,18 @@ def chosen(cfg: Config) -> tuple[list[str], list[str]]:
 def main(cfg: Config) -> None:
     """Run the chosen parts; SystemExit(1) if a kernel is wrong."""
     parts, shapes = chosen(cfg)
+    wants = set(parts)
     sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in peers.SHAPES]
     print(f"repeat: python {' '.join(['-m kernels', *sys.argv[1:]])}\n{processor()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {busy()}")
     line = kernels.choose("auto")
     print(line)
     compiled = line.startswith("kernels: C")
-    if not compiled and {"check", "limits", "ops"} & set(parts):
+    if not compiled and {"check", "limits", "ops"} & wants:
         print("check, limits and ops are left out: they need the C kernels")
     wrong = check(cfg) if compiled and "check" in parts else 0
     limits = None
-    if compiled and {"limits", "ops", "train"} & set(parts):
+    if compiled and {"limits", "ops", "train", "decode"} & wants:
         limits = measure_limits(cfg)
         products_of(sizes, limits, cfg)
     for shape in sizes:

@@ -30,6 +30,7 @@ SHAPES = {  # name: (config, sequences per step); the sizes that PERFORMANCE's g
     "tiny test": (M.ModelConfig(32, 2, 4, 2, 64, 96, 32), 2)}
 TOO_SLOW = 20  # s: who needs longer for a round is measured once
 GIVE_UP = 300  # s: who needs longer to set up is stopped
+HUGE = 5e8  # parameters: beyond, nobody holds 32-bit weights, since all contestants live at once
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Entry(NamedTuple):
     package: str | None
     function: Callable
     options: dict
+    against: str = ""  # which of ours it is compared with; the table's first if empty
 
 
 class Finished(Exception):
@@ -327,8 +329,9 @@ def ppo_trl(tick, job: Job) -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     options, tokenizer, Tick = trl_parts(tick, job)
-    config = PPOConfig(per_device_train_batch_size=job.rows, num_mini_batches=min(4, job.rows), num_ppo_epochs=1,
-                       local_rollout_forward_batch_size=job.rows, response_length=job.new,
+    config = PPOConfig(per_device_train_batch_size=job.rows, num_mini_batches=min(4, job.rows),
+                       num_ppo_epochs=1, local_rollout_forward_batch_size=job.rows,
+                       response_length=job.new,
                        total_episodes=10**6, num_sample_generations=0, temperature=1.0,
                        **options | dict(learning_rate=1e-6))
     prompts = random_tokens(job, 16 * job.rows, job.prompt).tolist()
@@ -412,12 +415,13 @@ TASKS = {  # part: {what is timed: (unit, contestants)}
     "decode": {"decoding": ("tokens/s", [
         *(Entry(f"ours, C {dtype}", None, decode_ours, {"dtype": dtype})
           for dtype in ("int4", "int8", "bf16", "fp32")),
-        Entry("ours, PyTorch fp32", None, decode_plain, {}),
-        Entry("transformers fp32", HF, generate_transformers, {}),
-        Entry("transformers bf16", HF, generate_transformers, {"dtype": "bfloat16"}),
-        Entry("llama.cpp F32", LLAMA, decode_llama_cpp, {"dtype": "fp32"}),
-        Entry("llama.cpp Q8_0", LLAMA, decode_llama_cpp, {"dtype": "q8_0"}),
-        Entry("llama.cpp Q4_0", LLAMA, decode_llama_cpp, {"dtype": "q4_0"})])},
+        Entry("ours, PyTorch fp32", None, decode_plain, {}, "ours, C fp32"),
+        Entry("transformers fp32", HF, generate_transformers, {}, "ours, C fp32"),
+        Entry("transformers bf16", HF, generate_transformers, {"dtype": "bfloat16"},
+              "ours, C bf16"),
+        Entry("llama.cpp F32", LLAMA, decode_llama_cpp, {"dtype": "fp32"}, "ours, C fp32"),
+        Entry("llama.cpp Q8_0", LLAMA, decode_llama_cpp, {"dtype": "q8_0"}, "ours, C int8"),
+        Entry("llama.cpp Q4_0", LLAMA, decode_llama_cpp, {"dtype": "q4_0"}, "ours, C int4")])},
     "align": {
         "supervised fine-tuning": ("tokens/s", [
             *ours(sft_ours), Entry("trl SFTTrainer fp32", TRL, sft_trl, {}),
@@ -435,6 +439,7 @@ class Result:
 
     name: str
     rates: list[float]  # amount per second of each counted round; empty if it failed
+    against: str = ""  # the name of the Result to compare with
     setup: float = 0.0  # s from its first line to its first finished piece of work
     peak: float = 0.0  # MiB resident at most, mapped files included
     own: float = 0.0  # MiB of that which no file backs, at most after a piece of work
@@ -492,7 +497,7 @@ def memory(name: str) -> float:
 
 def contest(entries: list[Entry], job: Job, rounds: int) -> list[Result]:
     """Let all set up, one after another, then work in turn; one Result each."""
-    processes, results = {}, {entry.name: Result(entry.name, []) for entry in entries}
+    processes, results = {}, {e.name: Result(e.name, [], e.against) for e in entries}
     context = multiprocessing.get_context("spawn")
     with environment(OMP_NUM_THREADS=str(job.threads), HF_HUB_OFFLINE="1",
                      TRL_EXPERIMENTAL_SILENCE="1",
@@ -570,20 +575,19 @@ def spread(values: list[float], form: str) -> tuple[str, str]:
 
 
 def show(title: str, unit: str, results: list[Result]) -> None:
-    """One table: rates, and how many times faster the first contestant is, round by round."""
+    """One table: rates, and how many times faster ours is, round by round."""
     print(f"\n{title}\n{'':<32}{unit:>13} {'(least-most)':<20}{'ours is':>8} {'(least-most)':<14}"
           f"{'peak MiB':>9}{'no file':>9}{'start s':>9}")
-    first = results[0]
+    by_name = {r.name: r for r in results}
     for r in results:
         if not r.rates:
             print(f"{r.name:<32}  {r.note}")
             continue
-        form = ",.0f" if max(r.rates) >= 100 else ".3g"
-        middle, width = spread(r.rates, form)
-        ratio, about = "", ""
-        if r is not first and first.rates:
-            pairs = zip(first.rates, r.rates) if len(r.rates) == len(first.rates) else \
-                [(statistics.median(first.rates), r.rates[0])]
+        middle, width = spread(r.rates, ",.0f" if max(r.rates) >= 100 else ".3g")
+        ratio, about, ours = "", "", by_name.get(r.against, results[0])
+        if r is not results[0] and ours is not r and ours.rates:
+            pairs = zip(ours.rates, r.rates) if len(r.rates) == len(ours.rates) else \
+                [(statistics.median(ours.rates), statistics.median(r.rates))]
             ratio, about = spread([a / b for a, b in pairs], ".2f")
             ratio += "x"
         print(f"{r.name:<32}{middle:>13} {width:<20}{ratio:>8} {about:<14}{r.peak:>9,.0f}"
@@ -602,14 +606,33 @@ def share_of_limits(result: Result, job: Job, limits) -> None:
           f"{done / limits.product:.0%} of ours")
 
 
-def installed(entries: list[Entry], cfg, missing: set) -> list[Entry]:
+BYTES = {"fp32": 4, "bf16": 2, "int8": 34 / 32, "int4": 18 / 32}  # per weight, steps included
+
+
+def share_of_bandwidth(results: list[Result], job: Job, limits) -> None:
+    """The weights that a token reads, per second, beside the memory's rate."""
+    c = job.config
+    head = c.vocab_size * c.dim  # read whole; of the embeddings a token needs one row
+    blocks = M.count_parameters(c) - 2 * head
+    for r in results:
+        dtype = r.name.split()[-1]
+        if r.name.startswith("ours, C") and r.rates:
+            size = blocks * BYTES[dtype] + head * BYTES["int8" if dtype == "int4" else dtype]
+            done = size * statistics.median(r.rates)
+            print(f"{r.name}: {size / 2**20:,.0f} MiB of weights per token, {done / 1e9:.1f} GB/s; "
+                  f"that is {done / limits.read['memory']:.0%} of what memory gives")
+
+
+def installed(entries: list[Entry], job: Job, cfg, missing: set) -> list[Entry]:
     """Those that can run and are wanted; collects the packages that are not there."""
-    kept = []
+    kept, huge = [], M.count_parameters(job.config) > HUGE
     for entry in entries:
         if not any(word in entry.name for word in cfg.only.split(",")):
             continue
         if entry.package and (not cfg.peers or cfg.checkpoint and entry.package == HF):
             continue  # transformers does not read every format that we do
+        if huge and (entry.package == HF or entry.options.get("dtype", "fp32") == "fp32"):
+            continue  # several GiB each
         if entry.package and not importlib.util.find_spec(entry.package):
             missing.add(entry.package)
             continue
@@ -630,7 +653,8 @@ def jobs(part: str, sizes: list[str], presets: list[str], cfg, folder: str):
             shapes = {cfg.checkpoint: convert.open_model(cfg.checkpoint).config}
         for name, c in shapes.items():
             new = min(64, c.max_seq_len - 16)
-            yield f"{name}: one answer of {new} tokens", Job(
+            left_out = ", none with 32-bit weights" if M.count_parameters(c) > HUGE else ""
+            yield f"{name}: one answer of {new} tokens{left_out}", Job(
                 c, 1, 8, new, n, seconds, folder, cfg.checkpoint)
         return
     for name in sizes if part != "align" else sizes[:1]:
@@ -652,11 +676,13 @@ def tables(parts: list[str], sizes: list[str], presets: list[str], limits, cfg) 
             for title, job in jobs(part, sizes, presets, cfg, folder):
                 for name, (unit, entries) in TASKS[part].items():
                     one = replace(job, rows=2 * job.rows) if name == "PPO" else job
-                    results = contest(installed(entries, cfg, missing), one,
+                    results = contest(installed(entries, one, cfg, missing), one,
                                       1 if cfg.quick else cfg.rounds)
                     show(f"{name}, {title}", unit, results)
                     if part == "train" and limits and results[0].rates:
                         share_of_limits(results[0], one, limits)
+                    if part == "decode" and limits:
+                        share_of_bandwidth(results, one, limits)
     if missing:
         names = {"llama_cpp": "llama-cpp-python", "trl": "trl==1.12.0 accelerate datasets"}
         print(f"\nnot installed, so not in the tables: {', '.join(sorted(missing))} (pip install "

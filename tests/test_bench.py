@@ -171,12 +171,22 @@ def test_a_contest_has_all_rounds_of_who_works_and_one_line_of_who_breaks(capsys
                                                                 "such", "thing"]
 
 
-def test_ratios_are_taken_round_by_round(capsys):
+def test_ratios_are_taken_round_by_round_against_the_counterpart(capsys):
     """300 and 800 against 100 and 400: 3 and 2, though the medians' ratio would be 2.2."""
-    peers.show("who", "tokens/s", [peers.Result("ours", [300.0, 800.0]),
-                                   peers.Result("theirs", [100.0, 400.0])])
+    peers.show("who", "tokens/s", [
+        peers.Result("ours int4", [9.0, 9.0]), peers.Result("ours int8", [300.0, 800.0]),
+        peers.Result("theirs", [100.0, 400.0], against="ours int8")])
     line = capsys.readouterr().out.splitlines()[-1]
     assert "250 (100-400)" in line and "2.50x (2.00-3.00)" in line
+
+
+def test_a_token_reads_all_weights_but_the_embeddings(capsys):
+    """Blocks 4 x 32 x 32 + 3 x 32 x 32 + 3 norms of 32 = 7264, head 100 x 32: 41,856 bytes."""
+    limits = bench.Limits(1, 1, 1, 1, {"memory": 83.712e9}, {})
+    config = replace(TINY, n_layers=1, n_heads=1, n_kv_heads=1, hidden_dim=32, vocab_size=100)
+    peers.share_of_bandwidth([peers.Result("ours, C fp32", [1e6])], replace(JOB, config=config),
+                             limits)
+    assert "41.9 GB/s; that is 50% of what memory gives" in capsys.readouterr().out
 
 
 def test_a_token_of_t1_costs_six_million_operations(capsys):
