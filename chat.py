@@ -8,6 +8,7 @@ out : answers on stdout, everything else on stderr
 run : python chat.py                                      /help lists the commands
       python chat.py --prompt "Who is Tom?"               one answer and no more, for scripts
       python chat.py --prompt "Who is Tom?" --compare     every stage's answer, with its scores
+      python chat.py --checkpoint llama-2-7b --dtype int4  7B in 6 GiB: rounded while it is read
       echo "Who is Tom?" | python chat.py                 an answer to every line
 
 Keys: [L2] Llama 2, arXiv 2307.09288.  [META gen] facebookresearch/llama, generation.py.
@@ -17,7 +18,7 @@ Differs from the paper: no system message unless you give one; its human evaluat
 
 from __future__ import annotations
 
-import codecs, contextlib, difflib, json, math, os, random, sys
+import codecs, contextlib, difflib, functools, json, math, os, random, sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,8 @@ class Config:
     seed: int | None = None  # of the random numbers; none: a new one for every answer
     show_prompt: bool = False  # print the pieces that the model reads
     device: str = "auto"  # auto cuda mps cpu
-    kernels: Literal["auto", "c", "torch"] = "auto"  # of --compare; a streamed answer is PyTorch's
+    kernels: Literal["auto", "c", "torch"] = "auto"  # what computes: our C, or PyTorch
+    dtype: Literal["fp32", "bf16", "int8", "int4"] | None = None  # of weights; none: the file's
 
 
 STAGES = ("pretrain", "sft", *(f"rlhf_v{n}" for n in range(1, 6)), "ppo", "gatt")  # OUT/STAGE.pt
@@ -116,14 +118,49 @@ class Chat:
         stage, config = source.info["stage"], source.config
         if config.scalar_head:
             raise ValueError(f"{path} scores answers and gives none: choose a chat or base model")
-        self.model, self.tokenizer = convert.load(path, self.cfg.tokenizer, self.cfg.device)
+        how = self.load(source)
+        self.tokenizer, self.config = source.tokenizer, config
         self.path, self.is_base = path, self.cfg.base or stage == "pretrain"
         if self.is_base:
             note(f"{path} is a base model, not a chat model: it continues your text, and reads "
                  f"neither a system message nor earlier turns")
         elif self.cfg.prompt is None:  # other formats do not say what they hold: "converted"
-            note(f"{path}: {stage}, {M.count_parameters(config):,} parameters; /help lists the "
-                 f"commands" + ", --base is for models that only continue" * (stage == "converted"))
+            note(f"{path}: {stage}, {M.count_parameters(config):,} parameters; {how}\n/help lists "
+                 f"the commands" + ", --base is for models that only continue" *
+                 (stage == "converted"))
+
+    def load(self, source) -> str:
+        """Make `source` ready to speak, in C where it can be; returns how, in a few words.
+
+        ValueError for flags that exclude each other. PyTorch has no int8 and int4 weights here: it
+        speaks in the file's own format, which on a CPU stays on disk until it is looked at.
+        """
+        cfg, dtype = self.cfg, self.cfg.dtype
+        if cfg.kernels == "torch" and dtype in ("int8", "int4"):
+            raise ValueError(f"--dtype {dtype} is computed in C: leave --kernels torch away")
+        how = kernels.choose(cfg.kernels, M.pick_device(cfg.device))
+        self.model = None  # of another stage: give its memory back first
+        self.decoder = None
+        weights = {n: w.read for n, w in source.weights.items()}
+        self.decoder = kernels.decoder(source.config, weights, dtype)
+        if self.decoder:
+            return f"{how}, {self.decoder.dtype} weights"
+        if dtype in ("int8", "int4"):
+            note(f"--dtype {dtype} needs the C kernels, and there are none ({how}): the weights "
+                 f"stay as in the file")
+            dtype = None
+        device = M.pick_device(cfg.device)
+        weights = {n: read().to(device, dtype and convert.DTYPES[dtype])
+                   for n, read in weights.items()}
+        self.model = M.assemble(source.config, weights, source.kind)
+        return how
+
+    def stream(self, tokens: list[int], seed: int | None) -> Iterator[int]:
+        """The tokens of an answer to a prompt as they come, EOS included."""
+        cfg = self.cfg
+        speak = self.decoder.stream if self.decoder else functools.partial(M.stream, self.model)
+        return speak(tokens, cfg.max_new_tokens, cfg.temperature, cfg.top_p, seed,
+                     stop=self.tokenizer.eos_id)
 
     def messages(self) -> list[dict]:
         """The dialogue in the form of `data.encode_dialog`."""
@@ -136,7 +173,7 @@ class Chat:
         if self.is_base:
             tokens, left_out = self.tokenizer.encode(text, bos=True), 0
         else:
-            context = self.model.config.max_seq_len
+            context = self.config.max_seq_len
             room = context - min(self.cfg.max_new_tokens, context // 4)  # the rest: the answer's
             messages = self.messages() + [{"role": "user", "content": text}]
             tokens, left_out = fit(self.tokenizer, messages, room, context - 1)
@@ -149,10 +186,9 @@ class Chat:
 
 def ask(chat: Chat, text: str) -> bool:
     """Print the answer to `text` as it is sampled and keep both; False if Ctrl-C stopped it."""
-    cfg, tokens, said, held, stopped = chat.cfg, [], "", "", False
+    tokens, said, held, stopped = [], "", "", False
     eos, on_screen = chat.tokenizer.eos_id, sys.stdout.isatty()
-    stream = M.stream(chat.model, chat.prompt(text), cfg.max_new_tokens, cfg.temperature,
-                      cfg.top_p, cfg.seed, stop=eos)
+    stream = chat.stream(chat.prompt(text), chat.cfg.seed)
     try:
         # '▁Hello ▁ </s>': the spaces around an answer belong to the chat format. White space is
         # held back until a word follows it. A terminal obeys control characters: it gets none.
@@ -195,13 +231,11 @@ def rate(messages: list[dict], cfg: Config) -> dict[str, float]:
 
 def compare(cfg: Config) -> None:
     """Print one row per stage: both reward models' scores, and the answer to --prompt."""
-    note(kernels.choose(cfg.kernels, M.pick_device(cfg.device)))
     seed = random.getrandbits(31) if cfg.seed is None else cfg.seed
     print(f"{'stage':10}{'helpful':>8}{'safety':>8}  answer")
     for stage in stages_in(cfg.out):
         chat = Chat(cfg, Path(cfg.out) / f"{stage}.pt")
-        (tokens,), _ = kernels.rollout(chat.model, [chat.prompt(cfg.prompt)], cfg.max_new_tokens,
-                                       cfg.temperature, cfg.top_p, seed, chat.tokenizer.eos_id)
+        tokens = list(chat.stream(chat.prompt(cfg.prompt), seed))
         answer = data.break_tags(chat.tokenizer.decode(tokens).strip())
         chat.turns = [{"role": "user", "content": cfg.prompt},
                       {"role": "assistant", "content": answer}]

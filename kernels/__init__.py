@@ -147,3 +147,18 @@ def rollout(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p
         return native.rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop,
                               row_ids)
     return torch_rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids)
+
+
+def decoder(config, weights, dtype: str | None = None):
+    """What speaks one answer at a time, a `kernels.decode.Decoder`; None on the PyTorch path.
+
+    weights: our names to functions that return the tensor; dtype: fp32, bf16, int8 or int4, None:
+    fp32 if the weights are, else bf16. PyTorch's counterpart is `model.stream`.
+    """
+    if _path["kind"] != "c":
+        return None
+    from kernels.decode import Decoder
+
+    if dtype is None:
+        dtype = "fp32" if weights["output.weight"]().dtype == torch.float32 else "bf16"
+    return Decoder(config, weights, dtype)

@@ -176,19 +176,20 @@ static ALONE void quantise_input(long n, const Input *in) {
         const float *x = in->x + g * GROUP;
         int8_t *q = in->q + g * GROUP;
         long width = at_most(GROUP, n - g * GROUP);
-        float part[GROUP] = {0}, most = 0;
+        float part[GROUP] = {0}, most = 0, finite = 0; /* nan if some x is not finite, as 0 * inf */
         int32_t sum = 0;
         if (width < GROUP) memcpy(part, x, (size_t)width * sizeof(float)), x = part;
 #pragma omp simd reduction(max : most)
         for (int k = 0; k < GROUP; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
         float inverse = most > 0 ? 127.0f / most : 0;
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum, finite)
         for (int k = 0; k < GROUP; k++) {
+            finite += 0.0f * x[k];
             int32_t whole = (int32_t)to_whole(x[k] * inverse, -127, 127);
             q[k] = (int8_t)whole;
             sum += whole;
         }
-        in->step[g] = most / 127.0f;
+        in->step[g] = most / 127.0f + finite;
         in->sum[g] = sum;
     }
 }
@@ -233,7 +234,8 @@ INLINE void tiles_times(const int format, const Matrix *m, const Input *in, long
         if (format == INT8 || format == INT4)
             tile_times(format, tile_at(m, tile), groups_of(m->cols), in, part);
         else
-            for (long i = 0; i < n; i++) part[i] = row_times(format, row_at(m, r + i), m->cols, in->x);
+            for (long i = 0; i < n; i++)
+                part[i] = row_times(format, row_at(m, r + i), m->cols, in->x);
         for (long i = 0; i < n; i++) y[r + i] = part[i] + (add ? y[r + i] : 0.0f);
     }
 }
@@ -452,14 +454,14 @@ INLINE void attend_one(const int format, long hd, long S, long room, const float
         float whole[NR];
         for (int u = 0; u < 4; u++)
             for (int j = 0; j < NV; j++) sum[u][j] = (vec){0};
-        long s = 0;
+        long s = 0, at = i * room; /* this panel of v */
         for (; s + 4 <= S; s += 4)
             for (int u = 0; u < 4; u++)
                 for (int j = 0; j < NV; j++)
-                    sum[u][j] += z[s + u] * numbers(v, (i / NR * room + s + u) * NR + j * VLEN, format);
+                    sum[u][j] += z[s + u] * numbers(v, at + (s + u) * NR + j * VLEN, format);
         for (; s < S; s++)
             for (int j = 0; j < NV; j++)
-                sum[0][j] += z[s] * numbers(v, (i / NR * room + s) * NR + j * VLEN, format);
+                sum[0][j] += z[s] * numbers(v, at + s * NR + j * VLEN, format);
         for (int j = 0; j < NV; j++)
             store(whole + j * VLEN, part * ((sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j])));
         memcpy(out + i, whole, (size_t)at_most(NR, hd - i) * sizeof(float));
@@ -477,8 +479,8 @@ static ALONE void attend_bf16(long hd, long S, long room, const float *q, const 
 
 /* Keys and values of one head to float32: all blocks of NR keys that hold one of the first S, with
  * zeros behind S; k (S up, hd), v (hd up / NR, S up, NR). */
-static ALONE void widen_cache(const Decoder *d, long S, const void *keys, const void *values, float *k,
-                        float *v) {
+static ALONE void widen_cache(const Decoder *d, long S, const void *keys, const void *values,
+                              float *k, float *v) {
     long hd = head_dim(&d->shape), up = round_up(S, NR), room = round_up(d->context, NR);
     long format = d->cache_format;
     for (long i = 0; i < up * hd; i += VLEN) store(k + i, numbers(keys, i, format));
@@ -568,7 +570,8 @@ static void forward(Generation *g, Worker *w, long M, long position) {
         for (long m = 0; m < M; m++) {
             float *gate = g->gu + m * 2 * F, *up = gate + F;
 #pragma omp simd
-            for (long i = from; i < to; i++) gate[i] = gate[i] / (1.0f + exp_fast(-gate[i])) * up[i];
+            for (long i = from; i < to; i++)
+                gate[i] = gate[i] / (1.0f + exp_fast(-gate[i])) * up[i];
         }
         meet(&g->meeting, n_threads);
         if (M == 1) take(w, &y->w_down, g->gu, F);

@@ -179,7 +179,7 @@ static inline void in_company(Job job, void *task, int n_threads) {
     for (int i = 1; i < made; i++) pthread_join(ids[i], NULL);
 }
 
-/* ---------------------------------------------------------- numbers of 16, 8 and 4 bits: decoding */
+/* ------------------------------------------------------ numbers of 16, 8 and 4 bits: decoding */
 
 typedef int32_t ivec __attribute__((vector_size(VLEN * 4)));
 typedef int32_t ivec_anywhere __attribute__((vector_size(VLEN * 4), aligned(4), may_alias));
@@ -245,7 +245,7 @@ INLINE float sum_of(vec v) {
  * since that is what one instruction of each machine takes: 4 products per 32-bit lane, summed.
  *
  * int4 is stored as 0..15 for -8..7; int8 plus W8_ZERO, because AVX512's instruction wants one
- * factor without sign. The caller's start takes both away again: -8 sum_k x[k], -W8_ZERO sum_k x[k].
+ * factor without sign. The caller's start takes both away again: -8 or -W8_ZERO times sum_k x[k].
  * |x| is at most 127, and so is |w| of int8. */
 #define ROWS 16
 #define NI (ROWS / VLEN)
@@ -285,7 +285,8 @@ INLINE void dot_int4(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum
  * sums those to 32. The sign of x moves to w, so that |x| is the factor without sign: at most
  * 2 * 127 * 127 < 2^15. Four bits leave room for eight such sums: 8 * 2 * 15 * 127 < 2^15. */
 INLINE void dot_int8(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
-    __m256i ones = _mm256_set1_epi16(1), s[2] = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
+    __m256i s[2] = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
+    __m256i ones = _mm256_set1_epi16(1);
     for (int k = 0; k < 8; k++) {
         __m256i b = _mm256_set1_epi32(four(x + 4 * k)), a = _mm256_abs_epi8(b);
         for (int i = 0; i < 2; i++) {
@@ -300,7 +301,8 @@ INLINE void dot_int8(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum
 INLINE void dot_int4(const uint8_t *w, const int8_t *x, int32_t start, ivec *sum) {
     __m256i low = _mm256_set1_epi8(15), s[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int k = 0; k < 4; k++) {
-        __m256i x0 = _mm256_set1_epi32(four(x + 4 * k)), x1 = _mm256_set1_epi32(four(x + 4 * k + 16));
+        __m256i x0 = _mm256_set1_epi32(four(x + 4 * k));
+        __m256i x1 = _mm256_set1_epi32(four(x + 4 * k + 16));
         for (int i = 0; i < 2; i++) {
             __m256i v = _mm256_loadu_si256((const __m256i *)(w + 64 * k + 32 * i));
             __m256i a = _mm256_maddubs_epi16(_mm256_and_si256(v, low), x0);

@@ -2,6 +2,7 @@
 
 A throwaway model of 2 layers learns two dialogues by heart; one with random weights never stops.
 """
+import contextlib
 import dataclasses
 import io
 import os
@@ -15,7 +16,9 @@ import torch
 
 import chat as C
 import data
+import kernels
 import model as M
+from kernels import build
 
 ROOT = Path(__file__).parent.parent
 LLAMA = "Hello 🦙, my\nfriend."  # four bytes and a newline, none of which has a piece
@@ -59,6 +62,12 @@ def out(tokenizer, tmp_path_factory):
         reward.init_weights(seed=n)
         M.save(folder / f"reward_{name}.pt", reward, f"reward_{name}", tokenizer.model_bytes)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def back_to_torch():
+    yield
+    kernels.choose("torch")
 
 
 @pytest.fixture
@@ -110,7 +119,8 @@ def test_a_terminal_gets_no_control_characters(talker, tokenizer, monkeypatch, c
 
 
 def test_a_base_model_continues_the_text_as_it_stands(out, tokenizer, capsys):
-    base = C.Chat(C.Config(out=str(out), temperature=0.0, max_new_tokens=5), out / "pretrain.pt")
+    base = C.Chat(C.Config(out=str(out), temperature=0.0, max_new_tokens=5, kernels="torch"),
+                  out / "pretrain.pt")
     C.ask(base, "Hello my")
     prompt = tokenizer.encode("Hello my", bos=True)
     whole = tokenizer.decode(prompt + M.generate(base.model, [prompt], 5, temperature=0)[0])
@@ -272,6 +282,42 @@ def test_flags_that_cannot_work_are_refused(out, flags, said):
         C.main(C.Config(**{"out": str(out), "prompt": "hi", **flags}))
 
 
+@pytest.mark.parametrize("dtype", [None, "bf16", "int8", "int4"])
+def test_every_dtype_speaks_in_c(out, capsys, dtype):
+    """A model that knows its answer by heart still knows it in 4 bits."""
+    try:
+        build.load_library()
+    except OSError as e:
+        pytest.skip(str(e))
+    chat = C.Chat(C.Config(out=str(out), temperature=0.0, dtype=dtype, kernels="c"), out / "sft.pt")
+    assert f"{dtype or 'fp32'} weights" in capsys.readouterr().err and chat.model is None
+    for _ in range(2):  # the second turn finds the first in the cache
+        assert C.ask(chat, "hi")
+    assert capsys.readouterr().out.startswith(LLAMA + "\n")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_without_a_compiler_whole_numbers_are_refused_in_one_line_and_the_model_speaks(
+        out, capsys, monkeypatch, dtype):
+    def no_compiler():
+        raise OSError("no C compiler found (cc, gcc or clang)")
+    monkeypatch.setattr(kernels.native, "load_library", no_compiler)
+    C.main(C.Config(out=str(out), temperature=0, prompt="hi", dtype=dtype))
+    printed = capsys.readouterr()
+    assert printed.out == LLAMA + "\n" and printed.err.count("\n") == 1
+    assert f"--dtype {dtype}" in printed.err and "no C compiler" in printed.err
+
+
+def test_a_dtype_of_the_pytorch_path_is_obeyed(out):
+    talk = C.Chat(C.Config(out=str(out), kernels="torch", dtype="bf16"), out / "sft.pt")
+    assert talk.model.output.weight.dtype == torch.bfloat16
+
+
+def test_flags_that_exclude_each_other_are_refused(out):
+    with pytest.raises(ValueError, match="computed in C: leave --kernels torch away"):
+        C.Chat(C.Config(out=str(out), kernels="torch", dtype="int4"), out / "sft.pt")
+
+
 def test_a_reward_model_does_not_speak(out):
     with pytest.raises(ValueError, match="scores answers"):
         C.Chat(C.Config(), out / "reward_safety.pt")
@@ -293,6 +339,8 @@ def test_piped_lines_are_answered_in_utf8_and_only_answers_are_on_stdout(out, mo
 def session(out, tmp_path_factory):
     """One talk in a pseudo-terminal: {what was done: what the screen then showed}."""
     pty = pytest.importorskip("pty")
+    with contextlib.suppress(OSError):
+        build.load_library()  # compiled now, while no clock runs
     state = tmp_path_factory.mktemp("state")
     pid, terminal = pty.fork()
     if pid == 0:
