@@ -26,9 +26,9 @@ typedef struct {
     float *logp, *log_sum;  /* (N) */
     const float *g;         /* (N): gradient of logp */
     float *d_hidden, *dw;   /* (any, D), (V, D) */
-    float *w_t;             /* panels of w^T (D, V): forward */
-    float *h;               /* (N, D): the chosen rows, one after another */
-    float *h_packed;        /* the same as right matrices (ROWS, D): backward */
+    word *w_t;              /* panels of w^T (D, V): forward */
+    num *h;                 /* (N, even(D)): the chosen rows, one after another */
+    word *h_packed;         /* the same as right matrices (ROWS, D): backward */
     float *parts;           /* (n_threads, N, D): each thread's part of d_hidden */
     int failed;
 } Head;
@@ -37,16 +37,23 @@ typedef struct {
 
 static void gather_job(void *task, int thread, int n_threads) {
     Head *a = task;
-    for (long v = thread * COLS; a->w_t && v < a->V; v += n_threads * COLS)
-        pack_transposed(a->D, at_most(COLS, a->V - v), a->w + v * a->D, a->D, a->w_t + v * a->D,
-                        a->D * NR);
+    long D = a->D, ld = even(D);
+    Pool pool = {.n = 0};
+    num *w = (num *)grab(&pool, COLS * ld);
+    if (pool.failed) a->failed = 1;
+    for (long v = thread * COLS; a->w_t && !pool.failed && v < a->V; v += n_threads * COLS) {
+        long cols = at_most(COLS, a->V - v);
+        pack_transposed(D, cols, narrowed(cols, D, a->w + v * D, w), ld, a->w_t + v * deep(D),
+                        deep(D) * NR);
+    }
     for (long n = thread * ROWS; n < a->N; n += n_threads * ROWS) {
         long m = at_most(ROWS, a->N - n);
         for (long r = n; r < n + m; r++)
-            memcpy(a->h + r * a->D, a->hidden + a->rows[r] * a->D, (size_t)a->D * sizeof(float));
+            narrow(1, D, a->hidden + a->rows[r] * D, D, a->h + r * ld, ld);
         if (a->h_packed)
-            pack(m, a->D, a->h + n * a->D, a->D, a->h_packed + n * round_up(a->D, NR), m * NR);
+            pack(m, D, a->h + n * ld, ld, a->h_packed + n / PAIR * round_up(D, NR), deep(m) * NR);
     }
+    release(&pool);
 }
 
 /* Take the logits of one row's block, z (cols) starting at token v, into its running maximum top
@@ -77,7 +84,8 @@ static void logprobs_job(void *task, int thread, int n_threads) {
         for (long r = 0; r < m; r++) top[r] = -INFINITY, sum[r] = 0, target[r] = 0;
         for (long v = 0; v < a->V; v += COLS) {
             long cols = at_most(COLS, a->V - v);
-            gemm(m, cols, D, rows_of(a->h + n * D, D), a->w_t + v * D, D * NR, z, COLS, NULL, 0);
+            gemm(m, round_up(cols, NR), D, rows_of(a->h + n * even(D), even(D)),
+                 a->w_t + v * deep(D), deep(D) * NR, z, COLS, NULL, 0);
             for (long r = 0; r < m; r++) {
                 take_in(z + r * COLS, cols, 1.0f / a->temperature, top + r, sum + r);
                 long at = a->targets[n + r] - v;
@@ -99,13 +107,11 @@ EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64
                         float *log_sum, int n_threads) {
     Pool pool = {.n = 0};
     Head a = {N, D, V, hidden, rows, w, targets, temperature, logp, log_sum, .w_t = NULL};
-    a.w_t = grab(&pool, panels(D, V));
-    a.h = grab(&pool, N * D);
+    a.w_t = grab_words(&pool, panels(D, V));
+    a.h = (num *)grab(&pool, N * even(D));
     a.failed = pool.failed;
-    if (!a.failed) {
-        in_threads(gather_job, &a, n_threads);
-        in_threads(logprobs_job, &a, n_threads);
-    }
+    if (!a.failed) in_threads(gather_job, &a, n_threads);
+    if (!a.failed) in_threads(logprobs_job, &a, n_threads);
     release(&pool);
     return a.failed ? -1 : 0;
 }
@@ -123,27 +129,34 @@ static ALONE void logits_gradient(float *z, long cols, long at, float inverse, f
 
 static void head_backward_job(void *task, int thread, int n_threads) {
     Head *a = task;
-    long D = a->D, D_up = round_up(D, NR);
+    long D = a->D, D_up = round_up(D, NR), ld = even(D);
     Pool pool = {.n = 0};
     float *z = grab(&pool, ROWS * COLS);
-    float *w_t = grab(&pool, panels(D, COLS)), *w = grab(&pool, panels(COLS, D));
+    num *dz = PAIR == 1 ? (num *)z : (num *)grab(&pool, ROWS * COLS);
+    word *dz_t = grab_words(&pool, PAIR == 1 ? 0 : ROWS * COLS);
+    num *room = (num *)grab(&pool, COLS * ld);
+    word *w_t = grab_words(&pool, panels(D, COLS)), *w = grab_words(&pool, panels(COLS, D));
     float *part = a->parts + thread * a->N * D;
     if (pool.failed) a->failed = 1;
     memset(part, 0, (size_t)(a->N * D) * sizeof(float));
     for (long v = thread * COLS; v < a->V && !pool.failed; v += n_threads * COLS) {
         long cols = at_most(COLS, a->V - v);
         float *dw = a->dw + v * D;
-        pack_transposed(D, cols, a->w + v * D, D, w_t, D * NR);
-        pack(cols, D, a->w + v * D, D, w, cols * NR);
+        const num *w_num = narrowed(cols, D, a->w + v * D, room);
+        pack_transposed(D, cols, w_num, ld, w_t, deep(D) * NR);
+        pack(cols, D, w_num, ld, w, deep(cols) * NR);
         for (long n = 0; n < a->N; n += ROWS) {
             long m = at_most(ROWS, a->N - n);
-            gemm(m, cols, D, rows_of(a->h + n * D, D), w_t, D * NR, z, COLS, NULL, 0);
+            gemm(m, round_up(cols, NR), D, rows_of(a->h + n * ld, ld), w_t, deep(D) * NR, z, COLS,
+                 NULL, 0);
             for (long r = 0; r < m; r++)
                 logits_gradient(z + r * COLS, cols, a->targets[n + r] - v, 1.0f / a->temperature,
                                 a->log_sum[n + r], a->g[n + r]);
-            gemm(m, D, cols, rows_of(z, COLS), w, cols * NR, part + n * D, D, part + n * D, D);
-            gemm(cols, D, m, columns_of(z, COLS), a->h_packed + n * D_up, m * NR, dw, D,
-                 n ? dw : NULL, D);
+            narrow(m, cols, z, COLS, dz, COLS);
+            gemm(m, D, cols, rows_of(dz, COLS), w, deep(cols) * NR, part + n * D, D, part + n * D,
+                 D);
+            gemm(cols, D, m, columns(m, cols, dz, COLS, dz_t), a->h_packed + n / PAIR * D_up,
+                 deep(m) * NR, dw, D, n ? dw : NULL, D);
         }
     }
     release(&pool);
@@ -166,13 +179,12 @@ EXPORT int head_backward(long N, long D, long V, const float *hidden, const int6
                          const float *g, float *d_hidden, float *dw, int n_threads) {
     Pool pool = {.n = 0};
     Head a = {N, D, V, hidden, rows, w, targets, temperature, NULL, log_sum, g, d_hidden, dw, NULL,
-              grab(&pool, N * D), grab(&pool, N * round_up(D, NR)),
+              (num *)grab(&pool, N * even(D)),
+              grab_words(&pool, deep(round_up(N, PAIR)) * round_up(D, NR)),
               grab(&pool, n_threads * N * D), 0};
     a.failed = pool.failed;
-    if (!a.failed) {
-        in_threads(gather_job, &a, n_threads);
-        in_threads(head_backward_job, &a, n_threads);
-    }
+    if (!a.failed) in_threads(gather_job, &a, n_threads);
+    if (!a.failed) in_threads(head_backward_job, &a, n_threads);
     if (!a.failed) in_threads(scatter_job, &a, n_threads);
     release(&pool);
     return a.failed ? -1 : 0;
