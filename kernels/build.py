@@ -1,10 +1,10 @@
 """Compile the C files of this folder with the machine's own compiler, once, and load them.
 
 The same sources make two libraries: one whose matrix products multiply float32 numbers, and one
-with -DBFLOAT16 (machine.h). A library is kept in the user's cache folder under a name made of the sources, the flags and what
-the compiler says of this processor, so that any change makes a new one. It is written under a
-temporary name, tried out in a process of its own and only then renamed: two processes that compile
-at once do no harm, and a library that crashes is never loaded here.
+with -DBFLOAT16 (machine.h). A library is kept in the user's cache folder under a name made of the
+sources, the flags and what the compiler says of this processor, so that any change makes a new one.
+It is written under a temporary name, tried out in a process of its own and only then renamed: two
+processes that compile at once do no harm, and a library that crashes is never loaded here.
 """
 
 from __future__ import annotations

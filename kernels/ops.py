@@ -348,9 +348,14 @@ def whole_call(name, sizes, in_c, apply, inputs, g, B, flops) -> list[Op]:
                flops=3 * flops, rows=B)]
 
 
+def whole_ops(c: M.ModelConfig, B: int, T: int) -> list[Op]:
+    """The calls of every stage, which come with float32 and with bfloat16 products."""
+    rng = torch.Generator().manual_seed(1)
+    return [*heads(c, B, T, rng), *trunks(c, B, T, rng)]
+
+
 def all_ops(c: M.ModelConfig, B: int, T: int) -> list[Op]:
     """Every kernel of training at the sizes of one model, rows and length."""
     rng = torch.Generator().manual_seed(1)
     alone = [part(c, T, rng) for part in (products, norms, ropes, swiglus, attentions)]
-    whole = [part(c, B, T, rng) for part in (heads, trunks)]
-    return [op for ops in (*alone, *whole) for op in ops]
+    return [*(op for ops in alone for op in ops), *whole_ops(c, B, T)]

@@ -22,6 +22,7 @@ from typing import Callable, NamedTuple
 import torch
 
 import kernels, model as M
+from kernels import build
 
 SHAPES = {  # name: (config, sequences per step); the sizes that PERFORMANCE's goals are stated at
     "T1": (M.ModelConfig(128, 4, 4, 2, 352, 1024, 256), 32),
@@ -45,9 +46,10 @@ class Job:
     seconds: float  # of a round, at least
     folder: str  # for files that a contestant writes
     checkpoint: str | None = None  # decode: read this instead of random weights
-    path: str = "torch"  # ours: auto, c or torch
-    dtype: str = "float32"  # or bfloat16, int8, int4, q8_0, q4_0
-    mode: str = ""  # peers: compiled, static
+    path: str = "torch"  # ours: c or torch
+    products: str | None = None  # ours in C: float32, or what is fastest here
+    dtype: str = "fp32"  # or bf16, int8, int4, q8_0, q4_0
+    mode: str = ""  # peers: compiled, static, nll
 
 
 class Entry(NamedTuple):
@@ -74,7 +76,7 @@ def random_tokens(job: Job, *shape: int) -> torch.Tensor:
 
 
 def our_model(job: Job, scalar_head: bool = False) -> M.Llama:
-    kernels.choose(job.path)
+    kernels.choose(job.path, products=job.products)
     return M.Llama(replace(job.config, scalar_head=scalar_head)).init_weights(0)
 
 
@@ -225,7 +227,7 @@ def hf_model(job: Job, scalar_head: bool = False):
 
 def bf16(job: Job):
     """bf16 products over float32 weights where the job says so."""
-    if job.dtype == "bfloat16":
+    if job.dtype == "bf16":
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -250,7 +252,7 @@ def train_transformers(tick, job: Job) -> None:
 def generate_transformers(tick, job: Job) -> None:
     """model.generate on a batch of prompts of one length; greedy for a single row."""
     model = hf_model(job).eval()
-    if job.dtype == "bfloat16":
+    if job.dtype == "bf16":
         model = model.bfloat16()
     x = random_tokens(job, job.rows, job.prompt)
     options = dict(max_new_tokens=job.new, min_new_tokens=job.new,
@@ -279,7 +281,7 @@ def trl_parts(tick, job: Job):
                                         pad_token="t0", eos_token="t1", bos_token="t1")
     options = dict(output_dir=f"{job.folder}/trl", use_cpu=True, report_to=[], save_strategy="no",
                    logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-                   bf16=job.dtype == "bfloat16", learning_rate=1e-4, weight_decay=0.1)
+                   bf16=job.dtype == "bf16", learning_rate=1e-4, weight_decay=0.1)
 
     class Tick(TrainerCallback):
         def __init__(self, amount):
@@ -301,7 +303,8 @@ def sft_trl(tick, job: Job) -> None:
     rows = random_tokens(job, 16 * job.rows, T).tolist()
     mask = [int(t > T // 2) for t in range(T)]
     SFTTrainer(hf_model(job), SFTConfig(per_device_train_batch_size=job.rows, max_steps=10**6,
-                                        max_length=T, completion_only_loss=True, **options),
+                                        max_length=T, completion_only_loss=True,
+                                        loss_type=job.mode or None, **options),
                train_dataset=Dataset.from_list([{"input_ids": r, "completion_mask": mask}
                                                 for r in rows]),
                processing_class=tokenizer, callbacks=[Tick(job.rows * T)]).train()
@@ -390,34 +393,35 @@ def decode_llama_cpp(tick, job: Job) -> None:
 # --------------------------------------------------------------------------------- the contests
 
 
-C_KERNELS = Entry("ours, C", None, None, {"path": "auto"})
-PLAIN = Entry("ours, PyTorch", None, None, {"path": "torch"})
 HF, TRL, LLAMA = "transformers", "trl", "llama_cpp"
 
 
 def ours(function) -> list[Entry]:
-    return [entry._replace(function=function) for entry in (C_KERNELS, PLAIN)]
+    """One stage by our three paths; the second only where bfloat16 is the first (`wanted`)."""
+    return [Entry("ours, C", None, function, {"path": "c"}),
+            Entry("ours, C float32", None, function, {"path": "c", "products": "float32"}),
+            Entry("ours, PyTorch", None, function, {})]
 
 
 TASKS = {  # part: {what is timed: (unit, contestants)}
     "train": {"training step": ("tokens/s", [
         *ours(train_ours),
         Entry("transformers eager fp32", HF, train_transformers, {}),
-        Entry("transformers eager bf16", HF, train_transformers, {"dtype": "bfloat16"}),
+        Entry("transformers eager bf16", HF, train_transformers, {"dtype": "bf16"}),
         Entry("transformers compiled fp32", HF, train_transformers, {"mode": "compiled"}),
         Entry("transformers compiled bf16", HF, train_transformers,
-              {"mode": "compiled", "dtype": "bfloat16"})])},
+              {"mode": "compiled", "dtype": "bf16"})])},
     "rollout": {"rollouts": ("new tokens/s", [
         *ours(rollout_ours),
         Entry("transformers generate fp32", HF, generate_transformers, {}),
-        Entry("transformers generate bf16", HF, generate_transformers, {"dtype": "bfloat16"}),
+        Entry("transformers generate bf16", HF, generate_transformers, {"dtype": "bf16"}),
         Entry("transformers static cache fp32", HF, generate_transformers, {"mode": "static"})])},
     "decode": {"decoding": ("tokens/s", [
         *(Entry(f"ours, C {dtype}", None, decode_ours, {"dtype": dtype})
           for dtype in ("int4", "int8", "bf16", "fp32")),
         Entry("ours, PyTorch fp32", None, decode_plain, {}, "ours, C fp32"),
         Entry("transformers fp32", HF, generate_transformers, {}, "ours, C fp32"),
-        Entry("transformers bf16", HF, generate_transformers, {"dtype": "bfloat16"},
+        Entry("transformers bf16", HF, generate_transformers, {"dtype": "bf16"},
               "ours, C bf16"),
         Entry("llama.cpp F32", LLAMA, decode_llama_cpp, {"dtype": "fp32"}, "ours, C fp32"),
         Entry("llama.cpp Q8_0", LLAMA, decode_llama_cpp, {"dtype": "q8_0"}, "ours, C int8"),
@@ -425,10 +429,11 @@ TASKS = {  # part: {what is timed: (unit, contestants)}
     "align": {
         "supervised fine-tuning": ("tokens/s", [
             *ours(sft_ours), Entry("trl SFTTrainer fp32", TRL, sft_trl, {}),
-            Entry("trl SFTTrainer bf16", TRL, sft_trl, {"dtype": "bfloat16"})]),
+            Entry("trl SFTTrainer fp32, nll", TRL, sft_trl, {"mode": "nll"}),
+            Entry("trl SFTTrainer bf16", TRL, sft_trl, {"dtype": "bf16"})]),
         "reward model": ("pairs/s", [
             *ours(reward_ours), Entry("trl RewardTrainer fp32", TRL, reward_trl, {}),
-            Entry("trl RewardTrainer bf16", TRL, reward_trl, {"dtype": "bfloat16"})]),
+            Entry("trl RewardTrainer bf16", TRL, reward_trl, {"dtype": "bf16"})]),
         "PPO": ("iterations/s", [
             *ours(ppo_ours), Entry("trl PPOTrainer fp32", TRL, ppo_trl, {})])}}
 
@@ -470,7 +475,7 @@ class Referee:
 
 
 def contestant(pipe, function, job: Job) -> None:
-    """Main function of a contestant's process. What it prints goes to a file, not to the table."""
+    """Main function of a contestant's process. What it prints is thrown away."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     torch.set_num_threads(job.threads)
@@ -497,36 +502,42 @@ def memory(name: str) -> float:
 
 def contest(entries: list[Entry], job: Job, rounds: int) -> list[Result]:
     """Let all set up, one after another, then work in turn; one Result each."""
-    processes, results = {}, {e.name: Result(e.name, [], e.against) for e in entries}
+    results, running = [Result(e.name, [], e.against) for e in entries], []
+    try:
+        for entry, result in zip(entries, results):
+            running.append(start(entry, job))
+            result.setup = answer(running[-1][1], result, GIVE_UP)
+        for number in range(rounds + 1):  # the first is thrown away
+            for (_, pipe), result in zip(running, results):
+                if result.note:
+                    continue
+                began = time.perf_counter()
+                pipe.send("go")
+                speed = answer(pipe, result, GIVE_UP)
+                slow = time.perf_counter() - began > TOO_SLOW
+                if (number or slow) and not result.note:
+                    result.rates.append(speed)
+                if slow and not result.note:
+                    result.note = "one round"
+                time.sleep(0.05)  # its threads go to sleep
+    finally:
+        for (process, pipe), result in zip(running, results):
+            end(process, pipe, result)
+    return results
+
+
+def start(entry: Entry, job: Job):
+    """(process, pipe) of a contestant, whose first message says that it is ready."""
     context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=contestant, args=(there, entry.function,
+                                                       replace(job, **entry.options)))
     with environment(OMP_NUM_THREADS=str(job.threads), HF_HUB_OFFLINE="1",
                      TRL_EXPERIMENTAL_SILENCE="1",
                      TORCHINDUCTOR_CACHE_DIR=f"{job.folder}/inductor"):
-        for entry in entries:
-            here, there = context.Pipe()
-            one = context.Process(target=contestant, daemon=False, args=(
-                there, entry.function, replace(job, **entry.options)))
-            one.start()
-            there.close()
-            processes[entry.name] = (one, here)
-            results[entry.name].setup = answer(here, results[entry.name], GIVE_UP)
-    for number in range(rounds + 1):
-        for name, (_, pipe) in processes.items():
-            result = results[name]
-            if result.note:
-                continue
-            began = time.perf_counter()
-            pipe.send("go")
-            speed = answer(pipe, result, GIVE_UP)
-            slow = time.perf_counter() - began > TOO_SLOW
-            if (number or slow) and not result.note:
-                result.rates.append(speed)
-            if slow and not result.note:
-                result.note = "one round"
-            time.sleep(0.05)  # its threads go to sleep
-    for name, (process, pipe) in processes.items():
-        end(process, pipe, results[name])
-    return list(results.values())
+        process.start()
+    there.close()
+    return process, here
 
 
 def answer(pipe, result: Result, seconds: float):
@@ -623,12 +634,14 @@ def share_of_bandwidth(results: list[Result], job: Job, limits) -> None:
                   f"that is {done / limits.read['memory']:.0%} of what memory gives")
 
 
-def installed(entries: list[Entry], job: Job, cfg, missing: set) -> list[Entry]:
+def wanted(entries: list[Entry], job: Job, cfg, missing: set) -> list[Entry]:
     """Those that can run and are wanted; collects the packages that are not there."""
     kept, huge = [], M.count_parameters(job.config) > HUGE
     for entry in entries:
         if not any(word in entry.name for word in cfg.only.split(",")):
             continue
+        if entry.options.get("products") == "float32" and not bfloat16_here():
+            continue  # that is "ours, C" itself
         if entry.package and (not cfg.peers or cfg.checkpoint and entry.package == HF):
             continue  # transformers does not read every format that we do
         if huge and (entry.package == HF or entry.options.get("dtype", "fp32") == "fp32"):
@@ -640,8 +653,16 @@ def installed(entries: list[Entry], job: Job, cfg, missing: set) -> list[Entry]:
     return kept
 
 
+def bfloat16_here() -> bool:
+    """Whether ours in C multiplies bfloat16 unless told otherwise."""
+    told = os.environ.get("LLAMA_PRODUCTS") or "auto"
+    with contextlib.suppress(OSError):  # no compiler: neither
+        return "bfloat16" in (told if told != "auto" else build.fastest_products())
+    return False
+
+
 def jobs(part: str, sizes: list[str], presets: list[str], cfg, folder: str):
-    """(title, Job) of each table of a part."""
+    """(name of the shape, Job) of each table of a part."""
     n = torch.get_num_threads()
     seconds = 0.01 if cfg.quick else cfg.seconds
     if part == "decode":
@@ -652,20 +673,27 @@ def jobs(part: str, sizes: list[str], presets: list[str], cfg, folder: str):
             import convert
             shapes = {cfg.checkpoint: convert.open_model(cfg.checkpoint).config}
         for name, c in shapes.items():
-            new = min(64, c.max_seq_len - 16)
-            left_out = ", none with 32-bit weights" if M.count_parameters(c) > HUGE else ""
-            yield f"{name}: one answer of {new} tokens{left_out}", Job(
-                c, 1, 8, new, n, seconds, folder, cfg.checkpoint)
+            yield name, Job(c, 1, 8, min(64, c.max_seq_len - 16), n, seconds, folder,
+                            cfg.checkpoint)
         return
     for name in sizes if part != "align" else sizes[:1]:
         c, rows = SHAPES[name]
-        job = Job(c, rows, c.max_seq_len // 4, c.max_seq_len // 4, n, seconds, folder)
-        if part == "train":
-            yield f"{name}: {rows} sequences of {c.max_seq_len} tokens", job
-        else:
-            answers = replace(job, rows=2 * rows if name == "T1" or cfg.quick else 64)
-            yield (f"{name}: {answers.rows} answers, {job.prompt} tokens to {job.new}",
-                   answers if part == "rollout" else job)
+        quarter = c.max_seq_len // 4
+        yield name, Job(c, rows, quarter, quarter, n, seconds, folder)
+
+
+def describe(task: str, job: Job) -> tuple[str, Job]:
+    """(the sizes in words, the job with as many rows as this task has)."""
+    T, rows = job.config.max_seq_len, job.rows
+    if task in ("rollouts", "PPO"):  # 64 answers of 64 tokens at T1 to T3
+        job = replace(job, rows=64 if rows > 2 else rows)
+        return f"{job.rows} answers, prompts of {job.prompt} tokens, answers of {job.new}", job
+    if task == "reward model":
+        return f"{rows // 2} pairs of 2 x {T // 2} tokens", job
+    if task == "decoding":
+        none = ", none with 32-bit weights" if M.count_parameters(job.config) > HUGE else ""
+        return f"one answer of {job.new} tokens at a time{none}", job
+    return f"{rows} sequences of {T} tokens", job
 
 
 def tables(parts: list[str], sizes: list[str], presets: list[str], limits, cfg) -> None:
@@ -673,16 +701,16 @@ def tables(parts: list[str], sizes: list[str], presets: list[str], limits, cfg) 
     missing: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
         for part in parts:
-            for title, job in jobs(part, sizes, presets, cfg, folder):
-                for name, (unit, entries) in TASKS[part].items():
-                    one = replace(job, rows=2 * job.rows) if name == "PPO" else job
-                    results = contest(installed(entries, one, cfg, missing), one,
-                                      1 if cfg.quick else cfg.rounds)
-                    show(f"{name}, {title}", unit, results)
+            for shape, job in jobs(part, sizes, presets, cfg, folder):
+                for task, (unit, entries) in TASKS[part].items():
+                    sizes_in_words, job_of_task = describe(task, job)
+                    there = wanted(entries, job_of_task, cfg, missing)
+                    results = contest(there, job_of_task, 1 if cfg.quick else cfg.rounds)
+                    show(f"{task}, {shape}: {sizes_in_words}", unit, results)
                     if part == "train" and limits and results[0].rates:
-                        share_of_limits(results[0], one, limits)
+                        share_of_limits(results[0], job, limits)
                     if part == "decode" and limits:
-                        share_of_bandwidth(results, one, limits)
+                        share_of_bandwidth(results, job, limits)
     if missing:
         names = {"llama_cpp": "llama-cpp-python", "trl": "trl==1.12.0 accelerate datasets"}
         print(f"\nnot installed, so not in the tables: {', '.join(sorted(missing))} (pip install "

@@ -40,7 +40,8 @@ def test_every_kernel_is_checked_and_right(capsys):
     assert "WRONG" not in out
     for name in ("product gate, gradient of w", "rmsnorm, backward", "rope", "swiglu, backward",
                  "attention, backward", "head, forward and backward",
-                 "trunk, forward and backward", "rollout", "decoding in fp32", "decoding in int4"):
+                 "trunk, forward and backward, bfloat16", "rollout", "decoding in fp32",
+                 "decoding in int4"):
         assert f"\n{name}" in out, name
 
 
@@ -66,7 +67,7 @@ def test_an_error_is_a_share_of_its_tensors_largest_number():
 
 def test_a_number_that_is_not_finite_is_wrong():
     e = bench.error([torch.tensor([float("nan"), 1.0])], [torch.tensor([1.0, 1.0]).double()])
-    assert not e < bench.TOLERANCE
+    assert not e < bench.TOLERANCE["bfloat16"]
 
 
 # ------------------------------------------------------------------------------ limits and ops
@@ -99,7 +100,7 @@ def test_the_rate_is_the_work_over_the_time_of_all_repetitions(monkeypatch):
 
 
 OURS = [(task, entry) for tasks in peers.TASKS.values() for task, (_, entries) in tasks.items()
-        for entry in entries if entry.package is None]
+        for entry in entries if entry.package is None and entry.name != "ours, C float32"]
 
 
 @pytest.mark.parametrize("task, entry", [pytest.param(*o, id=f"{o[0]}, {o[1].name}") for o in OURS])
