@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("gemm.c", "layer.c", "attention.c", "weights.c", "block.c", "trunk.c", "head.c",
-           "rollout.c", "decode.c")
+           "rollout.c", "decode.c", "bench.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-fopenmp-simd",  # simd pragmas only: no OpenMP threads
          "-fvisibility=hidden", "-pthread")

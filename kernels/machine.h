@@ -58,6 +58,12 @@ INLINE void store(float *p, vec v) { *(vec_anywhere *)p = v; }
 
 /* ------------------------------------------------------- the factors of a matrix product */
 
+INLINE float as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 /* Both factors of every matrix product are of type num: float, or with -DBFLOAT16 bfloat16, the
  * upper half of a float: its sign, its 8 bits of exponent, 7 of its 23 bits of fraction. The range
  * is float's, so no loss ever needs scaling; the error is at most 1/256 of a number. Sums, the
@@ -76,12 +82,6 @@ typedef uint32_t word __attribute__((may_alias));
 typedef uint32_t words __attribute__((vector_size(VLEN * 4)));
 typedef uint32_t words_anywhere
     __attribute__((vector_size(VLEN * 4), aligned(4), may_alias));
-
-INLINE float as_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
 
 INLINE float widen(num x) { return as_float((uint32_t)x << 16); }
 
@@ -270,12 +270,6 @@ typedef int32_t ivec __attribute__((vector_size(VLEN * 4)));
 typedef int32_t ivec_anywhere __attribute__((vector_size(VLEN * 4), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(VLEN * 4)));
 typedef uint16_t shorts __attribute__((vector_size(VLEN * 2), aligned(2), may_alias));
-
-INLINE float as_float(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
 
 /* bfloat16 is the upper half of a float32. */
 INLINE float widen_bf16(uint16_t h) { return as_float((uint32_t)h << 16); }
