@@ -531,7 +531,7 @@ def refresh_rewards(number: int, newest, previous, folder: Path, at: Places) -> 
             M.atomic_write(home / f"{name}.jsonl", lambda f: f.write(text.encode()))
         print(f"{home}: {len(lines)} fresh comparisons of the two newest versions, {len(again)} "
               f"older ones", flush=True)
-        files = [home / "comparisons.jsonl", home / "again.jsonl",
+        files = [home / "comparisons.jsonl", *([home / "again.jsonl"] if again else []),
                  *sorted(out.glob("preferences_*_test.jsonl"))]
         command = [sys.executable, str(Path(__file__).with_name("reward.py")), "--data",
                    ",".join(map(str, files)), "--resume-from", str(folder), "--out",
