@@ -47,11 +47,11 @@ class Config:
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of prompts and sampling
     rounds: int = 5  # versions made by rejection sampling; paper: V1 to V5 (§3.2.3)
-    prompts: int = 300  # prompts per round; UNSPECIFIED in L2
+    prompts: int = 150  # prompts per round; UNSPECIFIED in L2
     samples: int = 8  # K, answers per prompt; UNSPECIFIED in L2 (figures up to 100)
     comparisons: int = 600  # pairs to label after each round, 0: none; paper: weekly batches
     rs_lr: float | None = None  # of each version's fine-tuning; none: by size (see SIZES)
-    iterations: int = 40  # of PPO; paper: 200 to 400, stopped early (§3.2.3)
+    iterations: int = 60  # of PPO; paper: 200 to 400, stopped early (§3.2.3)
     batch_size: int = 64  # rollouts per iteration, over all ranks; paper: 512 (§3.2.3)
     minibatch: int = 16  # rollouts per gradient step, one pass; paper: 64 (§3.2.3)
     lr: float | None = None  # of policy and critic, constant; none: by size; paper: 1e-6 (§3.2.3)
@@ -70,7 +70,7 @@ class Config:
 
 
 SIZES = {  # width from which on: rs_lr as in SFT, lr and beta [L2 §3.2.3]
-    0: (8e-4, 1e-4, 0.08), 768: (1e-4, 1e-5, 0.02), 4096: (2e-5, 1e-6, 0.01),
+    0: (3e-4, 2e-4, 0.05), 768: (1e-4, 1e-5, 0.02), 4096: (2e-5, 1e-6, 0.01),
     8192: (2e-5, 1e-6, 0.005)}
 # From 7b on these take the place of the defaults above [L2 §3.2.3].
 PAPER = {"iterations": 400, "batch_size": 512, "minibatch": 64}
