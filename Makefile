@@ -23,8 +23,8 @@ endif
 .PHONY: all setup which-python test test-scale clean pretrain sft reward ppo gatt
 .DELETE_ON_ERROR:
 
-all: reward
-	@echo "Trained: $(OUT)/pretrain.pt, $(OUT)/sft.pt and two reward models."
+all: gatt
+	@$(RUN) -c "import model; model.print_summary('$(OUT)')"
 	@echo "Figures: $(OUT)/figures. Numbers: $(OUT)/summary.json. Talk to it: $(RUN) chat.py --out $(OUT)"
 
 setup: $(SETUP)

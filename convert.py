@@ -238,7 +238,10 @@ def open_model(path, tokenizer=None) -> Source:
         return open_llama2c(path, tokenizer)
     network, info = model.load(path, "cpu")
     weights = {name: lazy(p.detach()) for name, p in network.state_dict().items()}
-    text = Tokenizer(tokenizer or info["tokenizer"])
+    try:
+        text = Tokenizer(tokenizer or info["tokenizer"])
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
     return Source("our own file", network.config, weights, text, info).check(path)
 
 
@@ -461,6 +464,22 @@ def tokenizer_json(text: Tokenizer) -> dict:
                   "merges": [" ".join(cut) for cut in cuts]}}
 
 
+# data.encode_dialog in Jinja, which other programs fill in: the system message goes into the first
+# user message, BOS and EOS around each pair of turns, a space before EOS.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% set turns = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for turn in turns %}"
+    "{% if turn['role'] != ('user', 'assistant')[loop.index0 % 2] %}"
+    "{{ raise_exception('user and assistant must take turns, the user first') }}{% endif %}"
+    "{% set content = (system if loop.first else '') + turn['content'] %}"
+    "{% if turn['role'] == 'user' %}{{ bos_token + '[INST] ' + content | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content | trim + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}")
+
+
 def tokenizer_bin(text: Tokenizer) -> bytes:
     """llama2.c's tokenizer.bin: the longest piece; then score, length, bytes of each [l2c]."""
     pieces = [text.piece(i).replace("▁", " ") for i in range(text.vocab_size)]
@@ -575,7 +594,8 @@ def write_hf(source: Source, out: Path, dtype: torch.dtype) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",  # "LlamaTokenizer" loses leading spaces
             "bos_token": text.piece(text.bos_id), "eos_token": text.piece(text.eos_id),
             "unk_token": text.piece(text.unk_id), "add_bos_token": True, "add_eos_token": False,
-            "clean_up_tokenization_spaces": False, "model_max_length": c.max_seq_len})
+            "clean_up_tokenization_spaces": False, "model_max_length": c.max_seq_len,
+            "chat_template": CHAT_TEMPLATE})
         write_hf_weights(folder, weights, dtype)
 
 
@@ -689,7 +709,8 @@ def gguf_metadata(source: Source, name: str, dtype: str) -> dict:
         "tokenizer.ggml.token_type": [PIECE_KINDS[text.kind(i)] for i in ids],
         "tokenizer.ggml.bos_token_id": text.bos_id, "tokenizer.ggml.eos_token_id": text.eos_id,
         "tokenizer.ggml.unknown_token_id": text.unk_id, "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.add_space_prefix": True}
+        "tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.chat_template": CHAT_TEMPLATE}
 
 
 def gguf_value(value, in_list: bool = False) -> tuple[int, bytes]:

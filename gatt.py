@@ -38,6 +38,7 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # model to start from; none: OUT/ppo.pt; paper: RLHF-V3 (§3.3)
     data: str | None = None  # .jsonl of dialogues; none: questions of the tiny world
     instructions: str | None = None  # .jsonl, see read_instructions; goes with --data
@@ -65,6 +66,8 @@ class Config:
     dry_run: bool = False  # print what the run would need, allocate nothing
 
 
+# From 7b on, in place of the defaults above, as in SFT [L2 §3.1].
+PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096}
 LOG_EVERY = 5  # steps between two lines on the screen and in out/gatt.jsonl
 EVAL_TURNS = 20  # as in Table 30, or as many as fit the context
 ROOM = 32  # tokens that every test dialogue must have left for its next answer
@@ -197,7 +200,7 @@ def own_files(cfg: Config) -> dict:
 def answers_to(model, tokenizer, cfg: Config, dialogs: list, temperature=1.0, seed=0):
     """(texts, share that ended with EOS): one answer to each open dialogue, fit to be history."""
     prompts = [data.encode_dialog(tokenizer, messages)[0] for messages in dialogs]
-    tokens, _ = kernels.rollout(model, prompts, cfg.max_new_tokens, temperature=temperature,
+    tokens, _ = scale.rollout(model, prompts, cfg.max_new_tokens, temperature=temperature,
                                 seed=seed, stop=tokenizer.eos_id)
     ended = sum(row[-1] == tokenizer.eos_id for row in tokens) / len(tokens)
     return [data.break_tags(tokenizer.decode(row).strip()) for row in tokens], ended
@@ -324,7 +327,7 @@ def attention_map(model, tokens: list[int]):
         k = k.repeat_interleave(len(q) // len(k), 0)  # one per query head: 0 0 1 1
         scores = (q @ k.mT / c.head_dim ** 0.5).masked_fill(future, -math.inf)  # (H, T, T)
         strongest = torch.maximum(strongest, scores.softmax(-1).amax(0))
-    return strongest.cpu()
+    return scale.all_max(strongest.cpu(), scale.world_of(model))  # tp ranks saw their own heads
 
 
 def system_span(tokenizer, messages: list[dict]) -> slice:
@@ -332,6 +335,45 @@ def system_span(tokenizer, messages: list[dict]) -> slice:
     told, plain = (data.encode_dialog(tokenizer, m)[0] for m in (messages, messages[1:]))
     start = next(i for i, (a, b) in enumerate(zip(told, plain)) if a != b)
     return slice(start, start + len(told) - len(plain))
+
+
+@torch.no_grad()
+def beside_the_others(model, tokenizer, cfg: Config) -> dict:
+    """{"kl", "reward_helpful", "reward_safety"} on test prompts of the tiny world, by what OUT has.
+
+    kl: nats per answer from OUT/sft.pt, at temperature 1. Rewards: mean raw scores of the newest
+    reward models, helpfulness on harmless prompts, safety on unsafe ones.
+    """
+    out, world, device = Path(cfg.out), data.World(), model.output.weight.device
+    newest = max(out.glob("refreshed_*/"), key=lambda p: int(p.name.split("_")[1]), default=out)
+    found = {}
+    for mix, files in (("helpful", {"kl": out / "sft.pt",
+                                    "reward_helpful": newest / "reward_helpful.pt"}),
+                       ("unsafe", {"reward_safety": newest / "reward_safety.pt"})):
+        prompts = [data.encode_dialog(tokenizer, row["messages"])[0]
+                   for row in world.prompts(mix, "test", cfg.eval_prompts, 11)]
+        answers, logp = kernels.rollout(model, prompts, cfg.max_new_tokens, seed=cfg.seed,
+                                        stop=tokenizer.eos_id)
+        lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)])
+        tokens = torch.tensor([p + a + [0] * (int(lengths.max()) - len(p) - len(a))
+                               for p, a in zip(prompts, answers)])  # (B, T)
+        at = torch.arange(1, tokens.shape[1])
+        starts = torch.tensor(list(map(len, prompts)))
+        mask = (at >= starts[:, None]) & (at < lengths[:, None])  # (B, T-1): answer tokens
+        tokens, lengths, mask = tokens.to(device), lengths.to(device), mask.to(device)
+        for name, path in files.items():
+            other = M.load(path, device)[0] if path.exists() else None
+            if other is None or other.config.vocab_size != model.config.vocab_size:
+                continue  # a folder without that stage, or of another model
+            hidden = kernels.trunk(other, tokens, lengths=lengths)
+            if name == "kl":
+                theirs = kernels.token_logprobs(hidden[:, :-1], other.output.weight, tokens[:, 1:],
+                                                mask).sum().item()
+                found[name] = (sum(map(sum, logp)) - theirs) / len(prompts)
+            else:
+                last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+                found[name] = F.linear(last, other.output.weight).mean().item()
+    return found
 
 
 def evaluate(model, tokenizer, material: dict, cfg: Config, when: str, talk=None) -> dict:
@@ -360,7 +402,7 @@ def evaluate(model, tokenizer, material: dict, cfg: Config, when: str, talk=None
                  for i, m in enumerate(messages) if m["role"] == "assistant"]
         report["helpful_under_instruction"] = sum(golds) / len(golds)
         report |= annotator.examine(functools.partial(answers_to, model, tokenizer, cfg),
-                                    cfg.eval_prompts)
+                                    cfg.eval_prompts) | beside_the_others(model, tokenizer, cfg)
     return report
 
 
@@ -443,14 +485,17 @@ def main(cfg: Config) -> dict:
     began, out = time.time(), Path(cfg.out)
     checkpoint, state, kept = (cfg.checkpoint or out / "ppo.pt", out / "gatt.state.pt",
                                out / "gatt_dialogues.jsonl")
-    model, info = M.load(checkpoint, "cpu")
-    tokenizer, config = data.Tokenizer(info["tokenizer"]), model.config
+    config = scale.shape_of(checkpoint, cfg.model, cfg.dry_run)
+    cfg = M.at_size(cfg, PAPER, config.dim)
     if not cfg.max_new_tokens < cfg.seq_len <= config.max_seq_len:
         raise ValueError(f"--seq-len {cfg.seq_len}: more than --max-new-tokens "
                          f"{cfg.max_new_tokens}, at most this model's context {config.max_seq_len}")
     if cfg.dry_run:
-        print(scale.dry_run(config, cfg.batch_size, cfg.seq_len, recompute=cfg.recompute))
+        scale.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                      device=cfg.device)
         return {}
+    model, info = M.load(checkpoint, "cpu")
+    tokenizer = data.Tokenizer(info["tokenizer"])
     material = own_files(cfg) if cfg.data or cfg.instructions else tiny_world(cfg)
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))

@@ -18,8 +18,8 @@ Differs from the paper: the network not at all. Initialisation is unspecified th
 
 from __future__ import annotations
 
-import argparse, contextlib, dataclasses, difflib, inspect, json, math, os, pickle, sys, time
-import typing, zlib
+import argparse, contextlib, dataclasses, difflib, functools, inspect, json, math, os, pickle
+import sys, time, typing, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,8 +49,12 @@ class ModelConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self)[:7]:  # the sizes
             size = getattr(self, field.name)
-            if size < 1:
-                raise ValueError(f"{field.name} must be at least 1, not {size}")
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{field.name} must be a whole number of at least 1, not {size!r}")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {value!r}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even number")
         if self.n_heads % self.n_kv_heads:
@@ -96,6 +100,18 @@ def preset(name: str, **changes) -> ModelConfig:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown model {name!r}: {hint}choose one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
+
+
+def at_size(cfg, paper: dict, dim: int):
+    """A stage's Config for a model of this width: from 7b on (4096) with the values of `paper`.
+
+    paper: {field: value}. A flag that was given keeps its value; in a Config made without `cli`,
+    those are the fields that are not their defaults.
+    """
+    given = getattr(cfg, "given", {f.name for f in dataclasses.fields(cfg)
+                                   if getattr(cfg, f.name) != f.default})
+    return dataclasses.replace(cfg, **{k: v for k, v in paper.items()
+                                       if dim >= 4096 and k not in given})
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -324,7 +340,10 @@ class Llama(nn.Module):
 
         UNSPECIFIED in L2: N(0, 0.02), and the two projections that write into the residual stream
         divided by sqrt(2L), so that its variance at the end does not depend on depth. A scalar
-        head starts at std 1/sqrt(D+1): scores of order 1 whatever the width [N+].
+        head starts at std 1/sqrt(D+1): scores of order 1 whatever the width [N+]. The head of a
+        narrow network starts equal to the embedding: then a word that attention brings along is a
+        guess at that word from the first step on, and copying is learnt from half the tokens. (Not
+        in a wide one: the logit of the word just read starts at 0.02 D.)
         """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -335,6 +354,8 @@ class Llama(nn.Module):
                 std /= math.sqrt(2 * self.config.n_layers)
             elif name == "output.weight" and self.config.scalar_head:
                 std = (self.config.dim + 1) ** -0.5
+            elif name == "output.weight" and self.config.dim <= 512:
+                name = "tok_embeddings.weight"  # the same seed, the same numbers
             mixed = zlib.crc32(f"{seed} {name}".encode())  # the CPU's generator reads 32 bits only
             rng = torch.Generator(p.device).manual_seed(mixed)
             nn.init.normal_(p, std=std, generator=rng)
@@ -538,8 +559,11 @@ def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None 
 CONVERT = "`python convert.py --checkpoint {} --to own --out NEW.pt` turns other formats into ours"
 
 
-def read_torch_file(path):
-    """torch.load without code execution, memory-mapped; one-line ValueError for anything else."""
+def read_torch_file(path, hint=CONVERT):
+    """torch.load without code execution, memory-mapped; one-line ValueError for anything else.
+
+    hint: what to do when the file is damaged or of another kind; {} stands for its path.
+    """
     if not Path(path).exists():
         stage = Path(path).stem.split(".")[0].split("_")[0]  # reward_safety.pt, ppo.state.pt
         makes = stage in ("pretrain", "sft", "reward", "ppo", "gatt")
@@ -547,9 +571,11 @@ def read_torch_file(path):
                                 (f"`python {stage}.py` makes it" if makes else "check the path"))
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
-            IsADirectoryError) as e:
-        why = f"truncated, or another format ({CONVERT.format(path)})"
+    except PermissionError:
+        raise
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError,
+            AttributeError, OSError) as e:  # all of these come out of damaged files
+        why = f"truncated, or another format ({hint.format(path)})"
         if "weights_only" in str(e).lower():
             why = "it asks to run code, which a checkpoint never needs"
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from e
@@ -592,6 +618,9 @@ def assemble(config: ModelConfig, weights: dict[str, Tensor], source) -> Llama:
                  for what, names in (("lacks", missing), ("has unknown", extra)) if names]
         raise ValueError(f"{source}: wrong weight names: it {' and '.join(lists)}")
     for name, shape in wanted.items():
+        if not isinstance(weights[name], Tensor) or not weights[name].is_floating_point():
+            kind = getattr(weights[name], "dtype", type(weights[name]).__name__)
+            raise ValueError(f"{source}: {name} is {kind}, expected a tensor of floating point")
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"{source}: {name} has shape {tuple(weights[name].shape)}, "
                              f"the configuration says {shape}")
@@ -608,7 +637,7 @@ def load_state(path) -> dict | None:
     """Read a resume state, or None when there is none; ValueError if the file is damaged."""
     if not Path(path).exists():
         return None
-    state = read_torch_file(path)
+    state = read_torch_file(path, hint="delete it to start afresh")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a resume state of this version: delete it to start afresh")
     return state
@@ -693,16 +722,18 @@ def cli(Config, argv: list[str] | None = None):
     """
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            self.exit(2, f"{self.prog}: {message}\n")
+            complain(f"{self.prog}: {message}")
+            self.exit(2)
 
     doc = sys.modules[Config.__module__].__doc__
-    parser = Parser(description=doc, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=functools.partial(
+        argparse.RawDescriptionHelpFormatter, width=100, max_help_position=34))
     hints, comments = typing.get_type_hints(Config), _field_comments(Config)
     for field in dataclasses.fields(Config):
         kind, flag = hints[field.name], "--" + field.name.replace("_", "-")
-        options = dict(default=field.default, help=f"{comments.get(field.name, '')} "
-                       f"(default: {field.default})".replace("%", "%%").strip())
+        default = "" if field.default in (None, "") else f" (default: {field.default})"
+        text = (comments.get(field.name, "") + default).strip().replace("%", "%%")
+        options = dict(default=argparse.SUPPRESS, help=text)
         if type(None) in typing.get_args(kind):  # `str | None`: the flag takes the str
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
         if typing.get_origin(kind) is typing.Literal:
@@ -719,7 +750,17 @@ def cli(Config, argv: list[str] | None = None):
         near = difflib.get_close_matches(word.split("=")[0], flags, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"
         parser.error(f"unknown argument {word}: {hint}")
-    return Config(**vars(known))
+    config = Config(**vars(known))
+    config.given = set(vars(known))  # for `at_size`
+    return config
+
+
+def complain(message: str) -> None:
+    """One line on stderr. Under torchrun all ranks find a bad flag or file: rank 0 says it, and
+    torchrun ends the others while they wait; what only they found wrong they then say."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+    print(message, file=sys.stderr, flush=True)
 
 
 def run(main, Config) -> None:
@@ -735,22 +776,21 @@ def run(main, Config) -> None:
         main(cli(Config))
     except BrokenPipeError:  # `... | head` closed the pipe: nobody is reading any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError) as e:
-        print(f"{name}: {e}", file=sys.stderr)
+    except (ValueError, OSError) as e:  # one line, even if a file's content stands in the message
+        complain(f"{name}: {e}".replace("\n", " "))
         raise SystemExit(2) from None
     except FloatingPointError as e:  # a non-finite loss: the last good checkpoint is untouched
-        print(f"{name}: {e}", file=sys.stderr)
+        complain(f"{name}: {e}")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; --resume continues from the last saved state",
-              file=sys.stderr)
+        complain(f"\n{name}: interrupted; --resume continues from the last saved state")
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
         words = ("out of memory", "allocate memory", "not enough memory")  # GPU, Linux, Windows
         if not isinstance(e, MemoryError) and not any(w in str(e) for w in words):
             raise
-        print(f"{name}: out of memory: a smaller --batch-size, --seq-len or --model fits; "
-              f"--dry-run shows what a run will need", file=sys.stderr)
+        complain(f"{name}: out of memory: a smaller --batch-size, --seq-len or --model fits; "
+                 f"--dry-run shows what a run will need")
         raise SystemExit(1) from None
 
 
@@ -811,12 +851,40 @@ def plot_log(stage: str, out, series: dict[str, str], xlabel: str, ylabel: str, 
     return path
 
 
-def summarize(stage: str, out, numbers: dict) -> None:
-    """Put a stage's numbers into out/summary.json, beside those of the other stages."""
+def summarize(stage: str, out, numbers: dict, add: bool = False) -> None:
+    """Put a stage's numbers into out/summary.json, beside those of the other stages.
+
+    add: keep what it had; for numbers that only a later stage can know.
+    """
     path = Path(out) / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
-    text = json.dumps({**summary, stage: numbers}, indent=2)
-    atomic_write(path, lambda f: f.write(text.encode()))
+    summary[stage] = {**summary.get(stage, {}), **numbers} if add else numbers
+    atomic_write(path, lambda f: f.write(json.dumps(summary, indent=2).encode()))
+
+
+def print_summary(out) -> None:
+    """The table that `make` ends with: what each stage cost and what it is worth, at T = 1."""
+    path = Path(out) / "summary.json"
+    stages = json.loads(path.read_text()) if path.exists() else {}
+    dig = lambda stage, *keys: functools.reduce(
+        lambda found, key: found.get(key) if isinstance(found, dict) else None, keys,
+        stages.get(stage))
+    show = lambda x, form: "" if x is None else format(x, form)
+    print(f"{'stage':<9}{'minutes':>8}{'helpful':>9}{'at T=.5':>9}{'violations':>12}"
+          f"{'false refusals':>16}{'reward h / s':>15}{'KL':>7}   GAtt: turns held")
+    for stage in stages:
+        found = ("gatt", "after") if stage == "gatt" else (stage,)
+        rewards = [show(dig(*found, f"reward_{goal}"), ".2f") for goal in ("helpful", "safety")]
+        held = [sum(share >= dig("gatt", "before", "ceiling")[0] / 2 for share in
+                    dig("gatt", when, "seen")) for when in ("before", "after")] \
+            if stage == "gatt" else []
+        print(f"{stage:<9}{show(dig(stage, 'minutes'), '.1f'):>8}"
+              f"{show(dig(*found, 'T=1', 'gold_helpfulness'), '.2f'):>9}"
+              f"{show(dig(*found, 'T=0.5', 'gold_helpfulness'), '.2f'):>9}"
+              f"{show(dig(*found, 'T=1', 'violations'), '.1%'):>12}"
+              f"{show(dig(*found, 'T=1', 'false_refusals'), '.1%'):>16}"
+              f"{' / '.join(filter(None, rewards)):>15}{show(dig(*found, 'kl'), '.2f'):>7}"
+              f"   {' -> '.join(map(str, held))}".rstrip())
 
 
 def _step_of(line: str) -> float:

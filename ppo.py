@@ -40,6 +40,7 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # SFT model, where every version starts; none: OUT/sft.pt
     data: str | None = None  # .jsonl of prompts with is_safety; none: prompts of the tiny world
     reward: str | None = None  # FILE.py:FUNCTION(prompts, responses) -> scores; none: our models
@@ -61,6 +62,7 @@ class Config:
     eval_prompts: int = 200  # test prompts of each kind for the final examination
     kl_limit: float = 3.0  # nats per answer from the SFT model; beyond it PPO stops
     resume: bool = False  # continue after the last finished round or PPO state
+    recompute: bool = False  # recompute activations in the backward pass: less memory
     tp: int = 1  # tensor-parallel ranks, under torchrun
     device: str = "auto"  # auto cuda mps cpu
     kernels: Literal["auto", "c", "torch"] = "auto"  # fused C on the CPU where it compiles
@@ -70,7 +72,9 @@ class Config:
 SIZES = {  # width from which on: rs_lr as in SFT, lr and beta [L2 §3.2.3]
     0: (8e-4, 1e-4, 0.08), 768: (1e-4, 1e-5, 0.02), 4096: (2e-5, 1e-6, 0.01),
     8192: (2e-5, 1e-6, 0.005)}
-TEMPERATURES = (0.6, 0.8, 1.0, 1.2)  # tried anew in every round; paper: 0.6 to 1.5 (Fig. 8)
+# From 7b on these take the place of the defaults above [L2 §3.2.3].
+PAPER = {"iterations": 400, "batch_size": 512, "minibatch": 64}
+TEMPERATURES = (0.5, 0.65, 0.8)  # tried anew in every round; paper: 0.6 to 1.5 (Fig. 8)
 CLIP, VALUE_CLIP = 0.2, 0.2  # of the probability ratio [L2 §3.2.3]; of the value's change [N+]
 GAMMA, LAMBDA = 1.0, 0.95  # UNSPECIFIED in L2; [N+]
 PREPROMPT = "You are a responsible and safe assistant."  # generic, as in [L2 Table 39]
@@ -101,15 +105,20 @@ def punish_cut(scores, finished):
     return scores.where(finished, scores.min())
 
 
+def moments(x, mask, total=float) -> tuple[float, float, float]:
+    """(mean, variance, count) of x where mask is 1; total: sum of a number over the ranks."""
+    count = total(mask.sum())
+    mean = total((x * mask).sum()) / count
+    return mean, total(((x - mean).square() * mask).sum()) / count, count
+
+
 def whiten(x, mask=None, total=float):
     """(x - mean) / std over the mask (all of x without one); 0 outside it, and if x is constant.
 
     total: sum of a number over the ranks, each of which holds a part of the batch.
     """
     mask = torch.ones_like(x) if mask is None else mask.to(x.dtype)
-    count = total(mask.sum())
-    mean = total((x * mask).sum()) / count
-    variance = total(((x - mean).square() * mask).sum()) / count
+    mean, variance, _ = moments(x, mask, total)
     if variance <= 1e-10 * (mean * mean + 1e-2):  # rounding, not a difference between answers
         return torch.zeros_like(x)
     return (x - mean) * mask / math.sqrt(variance)
@@ -219,8 +228,8 @@ def draw_prompts(cfg: Config, village, purpose, count: int, split: str = "train"
     rng = random.Random(seed_of(cfg, "prompts", purpose))
     if cfg.data:
         return rng.choices(own_prompts(cfg.data)[split], k=count)
-    rows = village.prompts("all", split, count - count // 3, rng.randrange(1 << 30))
-    rows += village.prompts("safety", split, count // 3, rng.randrange(1 << 30))
+    rows = [row for mix, n in (("all", count - count // 3), ("safety", count // 3))
+            for row in village.prompts(mix, split, n, rng.randrange(1 << 30), data.STYLED)]
     rng.shuffle(rows)  # a minibatch of PPO takes neighbours
     return rows
 
@@ -329,7 +338,8 @@ class Places:
 
     def open(self, path) -> M.Llama:
         """A checkpoint in float32 on this rank, sharded if there are several."""
-        return scale.wrap(M.load(path, "cpu")[0].float(), self.world)
+        model = M.load(path, "cpu")[0].float()
+        return scale.wrap(model, self.world, recompute=self.cfg.recompute)
 
     def best_of(self, model, rows: list[dict], temperature: float, purpose) -> tuple:
         """K answers per row: prompts (N K lists), responses, scores and finished (N, K)."""
@@ -353,7 +363,7 @@ def choose_temperature(newest, number: int, at: Places) -> tuple[float, dict]:
 
 
 def pick(said, finished, rng: random.Random) -> list[tuple[int, int, int]]:
-    """[(row, best, random)]: scores, bool (N, K) -> the answers to imitate, and a control's.
+    """[(row, best, random)]: scores, bool (N, K) -> the answers to imitate, and one at random.
 
     An answer that was cut is never picked; a row without any finished answer is left out.
     """
@@ -373,25 +383,21 @@ def imitate(model, examples: list[tuple[list[int], list[int]]], cfg: Config, wor
         order += random.Random(f"{cfg.seed} {epoch}").sample(range(len(examples)), len(examples))
     total = len(order) // size
     for step in range(total):
-        mine = [examples[order[step * size + i]] for i in scale.rank_rows(size, world)]
-        tokens, lengths, mask = pad(mine, world.device)
-        loss = -answer_logprobs(model, tokens, lengths, mask, 1.0).sum() / mask.sum()
-        (loss * share(mask, world)).backward()
+        # this rank's share; filled up with a row without loss, as all ranks must run alike
+        batch = order[step * size:(step + 1) * size]
+        places = range(world.dp_rank, -(-size // world.dp) * world.dp, world.dp)
+        tokens, lengths, mask = pad([examples[batch[i % size]] for i in places], world.device)
+        mask &= torch.tensor([i < size for i in places], device=world.device)[:, None]
+        answers = scale.all_sum(mask.sum().item(), world)
+        loss = -answer_logprobs(model, tokens, lengths, mask, 1.0).sum() / answers
+        # FSDP averages gradients over its ranks; times their number makes that a sum
+        (loss * world.dp).backward()
         scale.clip(model, 1.0, world)
         for group in optimizer.param_groups:  # cosine to a tenth, as in SFT
             group["lr"] = cfg.rs_lr * (0.55 + 0.45 * math.cos(math.pi * step / total))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-def share(mask, world) -> float:
-    """This rank's weight in a mean over all ranks' answer tokens; 1 in a single process.
-
-    FSDP averages gradients over its ranks; times their number makes that a sum.
-    """
-    count = mask.sum().item()
-    return count * world.dp / scale.all_sum(count, world)
+    return scale.all_sum(loss.item(), world)
 
 
 def distil(model, at: Places) -> list[tuple[list[int], list[int]]]:
@@ -402,7 +408,8 @@ def distil(model, at: Places) -> list[tuple[list[int], list[int]]]:
     answer to the bare prompt. Helpful prompts are left alone: there it breeds false refusals.
     """
     cfg, drawn = at.cfg, draw_prompts(at.cfg, at.village, "distillation", 2 * at.cfg.prompts)
-    rows = [row for row in drawn if row["is_safety"]]
+    rows = [row for row in drawn  # where the preprompt has a place
+            if row["is_safety"] and row["messages"][0]["role"] != "system"]
     if not rows:
         return []
     dialogs = [row["messages"] for row in rows]
@@ -416,30 +423,34 @@ def distil(model, at: Places) -> list[tuple[list[int], list[int]]]:
     return [(p, r) for p, r, keep in zip(bare, guided, kept.tolist()) if keep]
 
 
-def merged(memory: dict, number: int, which: int = 1) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) examples of version `number`; which: 1 the best answers, 2 random ones.
+def merged(rounds: list, number: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) examples of version `number`, from the picks of rounds 1 to `number`.
 
     V1 to V3 imitate the newest model's samples alone; from V4 on the best of all rounds, since V3
-    had forgotten skills of V1 and V2 [L2 §3.2.3]. Distilled answers join every version.
+    had forgotten skills of V1 and V2 [L2 §3.2.3].
     """
-    rounds = memory["rounds"][number - 1:number] if number < 4 else memory["rounds"][:number]
-    return [(e[0], e[which]) for picks in rounds for e in picks] + [
-        tuple(e) for e in memory["distilled"]]
+    return [tuple(e) for picks in (rounds[number - 1:number] if number < 4 else rounds[:number])
+            for e in picks]
 
 
 def make_version(number: int, newest, memory: dict, at: Places):
     """V_number by rejection sampling: the best of K answers, imitated by the SFT model.
 
-    Every version starts from SFT, not from the last one. The last round also trains a control on
-    answers picked at random: what imitation alone is worth.
+    Every version starts from SFT, not from the last one; distilled answers join each. The last
+    round also trains a control on as many answers of the SFT model itself, one to each prompt and
+    none rejected: what imitation alone is worth.
     """
-    cfg = at.cfg
+    cfg, sft = at.cfg, at.cfg.checkpoint or Path(at.cfg.out) / "sft.pt"
     temperature, curve = choose_temperature(newest, number, at)
     rows = draw_prompts(cfg, at.village, f"round {number}", cfg.prompts)
     prompts, responses, said, finished = at.best_of(newest, rows, temperature, ("round", number))
     picks = pick(said, finished, random.Random(seed_of(cfg, "control", number)))
     places = [[i * cfg.samples + k for k in ks] for i, *ks in picks]
-    memory["rounds"].append([(prompts[b], responses[b], responses[r]) for b, r in places])
+    memory["rounds"].append([(prompts[best], responses[best]) for best, _ in places])
+    model = at.open(sft)
+    asked, plain, ended = answer(model, at.tokenizer, [row["messages"] for row in rows],
+                                 temperature, cfg, at.world, ("control", number))
+    memory["control"].append([(p, r) for p, r, whole in zip(asked, plain, ended) if whole])
     ladder = {n: (said[:, :n].amax(1).mean().item(), said[:, :n].quantile(0.5, 1).mean().item())
               for n in (1, 2, 4, 8, 16, 32, 64, 100) if n <= cfg.samples}  # Fig. 7
     record = {"round": number, "temperature": temperature, "curve": curve, "ladder": ladder}
@@ -447,15 +458,15 @@ def make_version(number: int, newest, memory: dict, at: Places):
         record |= {f"gold_{name}": gold(at, [rows[i] for i, *_ in picks],
                                         [responses[p[j]] for p in places])
                    for j, name in enumerate(("best", "random"))}
-    model, results = at.open(cfg.checkpoint or Path(cfg.out) / "sft.pt"), []
-    controls = [at.open(cfg.checkpoint or Path(cfg.out) / "sft.pt")] * (number == cfg.rounds)
-    for which, one in enumerate((model, *controls), 1):
-        examples = merged(memory, number, which)
-        if not examples:
-            raise ValueError(f"none of {said.numel()} answers ended within --max-new-tokens "
-                             f"{cfg.max_new_tokens}: raise it, or train sft.py longer")
-        results.append(imitate(one, examples, cfg, at.world))
-    print(f"V{number}: T {temperature}, {len(examples)} answers imitated (loss {results[0]:.3f}); "
+    examples = merged(memory["rounds"], number) + [tuple(e) for e in memory["distilled"]]
+    if not examples:
+        raise ValueError(f"none of {said.numel()} answers ended within --max-new-tokens "
+                         f"{cfg.max_new_tokens}: raise it, or train sft.py longer")
+    loss, controls = imitate(model, examples, cfg, at.world), []
+    if number == cfg.rounds and memory["control"][-1]:
+        controls = [at.open(sft)]
+        imitate(controls[0], merged(memory["control"], number), cfg, at.world)
+    print(f"V{number}: T {temperature}, {len(examples)} answers imitated (loss {loss:.3f}); "
           f"reward of one {ladder[1][0]:.2f}, best of {cfg.samples} {said.amax(1).mean():.2f}"
           + (f"; gold score {record['gold_best']:.2f}, at random {record['gold_random']:.2f}"
              if "gold_best" in record else ""))
@@ -473,21 +484,21 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
     """Rows of a preference file: answers of the two newest versions, labelled by the annotator.
 
     As in reward.py, a third is judged for safety, on a mix of mostly harmless prompts, and some
-    answers refuse whatever is asked; an answer that was cut is none.
+    first answers are what neither would say; an answer that was cut is none.
     """
     cfg, lines = at.cfg, []
     annotator, rng = data.Annotator(at.village), random.Random(seed_of(cfg, "labels", number))
     for mix, by, n in (("helpful", "helpful", cfg.comparisons - cfg.comparisons // 3),
                        ("safety", "safe", cfg.comparisons // 3)):
-        drawn = at.village.prompts(mix, "train", n, rng.randrange(1 << 30))
+        drawn = at.village.prompts(mix, "train", n, rng.randrange(1 << 30), data.STYLED)
         dialogs, sides = [row["messages"] for row in drawn], []
         for which, model in enumerate((newest, previous)):
             _, responses, finished = answer(model, at.tokenizer, dialogs, rng.choice((0.8, 1.0)),
                                             cfg, at.world, ("compare", mix, number, which))
             sides.append([data.break_tags(at.tokenizer.decode(r).strip()) if ended else ""
                           for r, ended in zip(responses, finished)])
+        sides[0] = at.village.oddities(dialogs, sides[0], rng)
         for messages, a, b in zip(dialogs, *sides):
-            a = at.village.refusal(rng) if rng.random() < 0.15 else a
             if a and b and a != b:
                 label = annotator.label(messages, a, b, rng, by)
                 lines.append({"rating": label["rating"]})
@@ -501,21 +512,30 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
 def refresh_rewards(number: int, newest, previous, folder: Path, at: Places) -> None:
     """Train the reward models of `folder` on with fresh comparisons, into out/refreshed_NUMBER.
 
-    The paper's weekly batches: without them the models judge answers unlike any they saw. reward.py
+    The paper's weekly batches: without them the models judge answers unlike any they saw. As many
+    older comparisons are learnt beside them, so that what is rare now is not forgotten. reward.py
     does it, as a child process; the first comparisons' test files, where there are any, are the
     test again.
     """
     cfg, out = at.cfg, Path(at.cfg.out)
-    path, lines = out / f"refreshed_{number}" / "comparisons.jsonl", compare(number, newest,
-                                                                             previous, at)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    home, lines = out / f"refreshed_{number}", compare(number, newest, previous, at)
     if at.world.is_main:
-        M.atomic_write(path, lambda f: f.write(text.encode()))
-        print(f"{path}: {len(lines)} fresh comparisons of the two newest versions", flush=True)
-        files = [path, *sorted(out.glob("preferences_*_test.jsonl"))]
+        older = [line for path in (*out.glob("preferences_*[!t].jsonl"),  # not *_test.jsonl
+                                   *(out / f"refreshed_{n}" / "comparisons.jsonl"
+                                     for n in range(1, number)))
+                 if path.exists() for line in path.read_text().splitlines()]
+        again = random.Random(seed_of(cfg, "again", number)).sample(
+            sorted(older), min(len(lines), len(older)))
+        for name, rows in (("comparisons", map(json.dumps, lines)), ("again", again)):
+            text = "".join(f"{row}\n" for row in rows)
+            M.atomic_write(home / f"{name}.jsonl", lambda f: f.write(text.encode()))
+        print(f"{home}: {len(lines)} fresh comparisons of the two newest versions, {len(again)} "
+              f"older ones", flush=True)
+        files = [home / "comparisons.jsonl", home / "again.jsonl",
+                 *sorted(out.glob("preferences_*_test.jsonl"))]
         command = [sys.executable, str(Path(__file__).with_name("reward.py")), "--data",
                    ",".join(map(str, files)), "--resume-from", str(folder), "--out",
-                   str(path.parent), "--device", cfg.device, "--kernels", cfg.kernels]
+                   str(home), "--device", cfg.device, "--kernels", cfg.kernels]
         # the child is no rank of ours
         alone = {k: v for k, v in os.environ.items() if "RANK" not in k and k != "WORLD_SIZE"}
         done = subprocess.run(command, capture_output=True, text=True, env=alone)
@@ -531,7 +551,7 @@ def all_versions(at: Places) -> tuple[list[dict], Path]:
     out/rlhf.state.json holds the answers picked so far: with --resume its rounds are not repeated.
     """
     cfg, out, state = at.cfg, Path(at.cfg.out), Path(at.cfg.out) / "rlhf.state.json"
-    memory, records, done = {"rounds": [], "distilled": []}, [], 0
+    memory, records, done = {"rounds": [], "control": [], "distilled": []}, [], 0
     if cfg.resume and state.exists():
         saved = json.loads(state.read_text())
         M.check_resume(saved, cfg, at.tokenizer.model_bytes)
@@ -552,7 +572,7 @@ def all_versions(at: Places) -> tuple[list[dict], Path]:
         records.append(record)
         save(path_of(number), newest, f"rlhf_v{number}", record, at)
         for control in controls:
-            save(out / "rlhf_random.pt", control, "rlhf_random", {}, at)
+            save(out / "rlhf_control.pt", control, "rlhf_control", {}, at)
         if refreshes:
             refresh_rewards(number, newest, previous, folder, at)
             folder = out / f"refreshed_{number}"
@@ -577,6 +597,7 @@ def save(path: Path, model, stage: str, metrics: dict, at: Places) -> None:
     if at.world.is_main:
         M.save(path, model, stage, at.tokenizer.model_bytes, metrics,
                at.cfg.data or "prompts of the tiny world", weights=weights)
+    scale.barrier(at.world)  # whoever opens it next finds it whole
 
 
 # ----------------------------------------------------------------------------------------- PPO
@@ -595,7 +616,8 @@ def open_critic(start, folder: Path, at: Places) -> M.Llama:
     policy = M.load(start, "cpu")[0]
     config = dataclasses.replace(policy.config, scalar_head=True)
     weights = {**policy.state_dict(), "output.weight": torch.zeros(1, config.dim)}
-    return scale.wrap(M.assemble(config, weights, start).float(), at.world)
+    critic = M.assemble(config, weights, start).float()
+    return scale.wrap(critic, at.world, recompute=at.cfg.recompute)
 
 
 def minibatches(cfg: Config, world) -> list[slice]:
@@ -663,22 +685,25 @@ def update(policy, critic, optimizers, rollouts: dict, at: Places) -> dict:
         loss_v = value_loss(values_of(critic, tokens, lengths), old_values, returns, mask)
         away = (ratio.detach() - 1).abs().max().item()
         assert record or away < 1e-6, f"ratio is 1 +- {away} before the first step: not one forward"
-        ((loss + loss_v) * share(mask, world)).backward()
+        share = mask.sum().item() / scale.all_sum(mask.sum().item(), world)  # of all answer tokens
+        ((loss + loss_v) * share * world.dp).backward()  # FSDP averages gradients over its ranks
         norms = [scale.clip(model, 1.0, world) for model in (policy, critic)]
-        if not all(map(math.isfinite, (loss.item(), loss_v.item(), *norms))):
-            raise FloatingPointError(f"policy loss {loss.item()}, value loss {loss_v.item()}, "
-                                     f"gradient norms {norms}: PPO diverged; lower --lr {cfg.lr}")
+        mean_ratio = ratio.detach()[mask].mean()
+        loss, loss_v, clipped, ratio = (scale.all_sum(x.item() * share, world)
+                                        for x in (loss, loss_v, clipped, mean_ratio))
+        if not all(map(math.isfinite, (loss, loss_v, *norms))):
+            raise FloatingPointError(f"policy loss {loss}, value loss {loss_v}, gradient norms "
+                                     f"{norms}: PPO diverged; lower --lr {cfg.lr}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        record.append({"policy_loss": loss.item(), "value_loss": loss_v.item(),
-                       "clip_frac": clipped.item(), "ratio": ratio.detach()[mask].mean().item(),
-                       "grad_norm": norms[0]})
-    means = {k: scale.all_mean(data.mean(r[k] for r in record), world) for k in record[0]}
-    gap, returns = (x[rollouts["mask"]] for x in (rollouts["returns"] - rollouts["values"],
-                                                  rollouts["returns"]))
-    explained = 1 - (gap.var() / returns.var().clamp(min=1e-12)).item()
-    return {**means, "explained_variance": explained}
+        record.append({"policy_loss": loss, "value_loss": loss_v, "clip_frac": clipped,
+                       "ratio": ratio, "grad_norm": norms[0]})
+    mask, returns = rollouts["mask"].float(), rollouts["returns"]
+    spread = [moments(x, mask, lambda x: scale.all_sum(x.item(), world))[1]
+              for x in (returns - rollouts["values"], returns)]
+    means = {k: data.mean(r[k] for r in record) for k in record[0]}
+    return {**means, "explained_variance": 1 - spread[0] / max(spread[1], 1e-12)}
 
 
 def health(now: dict, start: dict, cfg: Config) -> list[str]:
@@ -712,12 +737,15 @@ def held_out(policy, ref, sft, at: Places) -> dict[str, float]:
     rows = draw_prompts(cfg, at.village, "held out", 2 * cfg.batch_size, "valid")
     prompts, responses, finished = answer(policy, at.tokenizer, [row["messages"] for row in rows],
                                           cfg.temperature, cfg, world, ("held out",))
-    batch = pad(list(zip(prompts, responses)), world.device)
-    logp, start, base = (answer_logprobs(m, *batch, cfg.temperature) for m in (policy, ref, sft))
+    batch = pad([(prompts[i], responses[i]) for i in scale.rank_rows(len(rows), world)],
+                world.device)
+    parts = [[t[i] for t in batch] for i in minibatches(cfg, world)]  # a forward pass, as above
+    logp, start, base = (sum(answer_logprobs(model, *part, cfg.temperature).sum().item()
+                             for part in parts) for model in (policy, ref, sft))
     said = at.reward(rows, prompts, responses)
     return {"val_reward": punish_cut(said["combined"], finished).mean().item(),
-            "kl_sft": (logp - base).sum(1).mean().item(),
-            "kl_start": (logp - start).sum(1).mean().item(),
+            "kl_sft": scale.all_sum(logp - base, world) / len(rows),
+            "kl_start": scale.all_sum(logp - start, world) / len(rows),
             "reward_helpful": said["helpful"].mean().item(),
             "reward_safety": said["safety"].mean().item(),
             "eos_rate": finished.float().mean().item(),
@@ -791,7 +819,8 @@ def duel(ours: dict, theirs: dict, rows: dict, annotator) -> dict:
 
     helpful: harmless prompts, harmless: unsafe ones (Fig. 11). A model judged by the reward model
     it was trained on is flattered: hence the second judge [L2 §3.4.1]. The gap of two answers
-    changes its sign with their order, so order cannot matter.
+    changes its sign with their order, so order cannot matter. Of answers to different numbers of
+    prompts, the first ones that both have count.
     """
     result, won, decided = {}, 0, 0
     for goal, key, by in (("helpful", "helpful", "helpful"), ("harmless", "safety", "safe")):
@@ -799,7 +828,7 @@ def duel(ours: dict, theirs: dict, rows: dict, annotator) -> dict:
                 zip(rows[goal], ours[goal]["texts"], theirs[goal]["texts"])]
         wins, losses = sum(g > 0 for g in gaps), sum(g < 0 for g in gaps)
         won, decided = won + wins, decided + wins + losses
-        better = ours[goal][key] > theirs[goal][key]
+        better = ours[goal][key][:len(gaps)] > theirs[goal][key][:len(gaps)]
         result |= {f"{goal}_reward_model": better.float().mean().item(),
                    f"{goal}_annotator": wins / max(wins + losses, 1),
                    f"{goal}_ties": len(gaps) - wins - losses}
@@ -808,18 +837,22 @@ def duel(ours: dict, theirs: dict, rows: dict, annotator) -> dict:
     return {**result, "annotator": p, "annotator_low": low, "decided": decided}
 
 
-def compare_versions(policy, at: Places) -> tuple[dict, dict]:
-    """({name: duel against SFT, "PPO against V5": duel}, {name: 5-bin histogram, Fig. 20})."""
-    cfg, out, n = at.cfg, Path(at.cfg.out), at.cfg.eval_prompts * 3 // 2
-    rows = {"helpful": at.village.prompts("helpful", "test", n, 11),
-            "harmless": at.village.prompts("unsafe", "test", n, 11)}
+def compare_versions(policy, at: Places) -> tuple[dict, dict, dict]:
+    """({name: duel against SFT, "PPO against V5": duel}, {name: 5-bin histogram, Fig. 20},
+    {name: {"reward_helpful", "reward_safety"}: mean raw scores on harmless and unsafe prompts})."""
+    cfg, out, n = at.cfg, Path(at.cfg.out), at.cfg.eval_prompts
+    rows = {"helpful": at.village.prompts("helpful", "test", 2 * n, 11),
+            "harmless": at.village.prompts("unsafe", "test", 2 * n, 11)}
+    few = {goal: asked[:n] for goal, asked in rows.items()}
     paths = {"SFT": cfg.checkpoint or out / "sft.pt"}
     paths |= {f"V{i}": out / f"rlhf_v{i}.pt" for i in range(1, cfg.rounds + 1)}
-    paths |= {"random picks": out / "rlhf_random.pt"} if cfg.rounds else {}
-    said = {name: test_answers(at.open(path), rows, at) for name, path in paths.items()}
+    control = out / "rlhf_control.pt"
+    paths |= {"no rejection": control} if cfg.rounds and control.exists() else {}
+    last = f"V{cfg.rounds}" if cfg.rounds else "SFT"  # PPO's start, compared on all prompts
+    said = {name: test_answers(at.open(path), rows if name == last else few, at)
+            for name, path in paths.items()}
     said["PPO"], annotator = test_answers(policy, rows, at), data.Annotator(at.village)
     wins = {name: duel(said[name], said["SFT"], rows, annotator) for name in said if name != "SFT"}
-    last = f"V{cfg.rounds}" if cfg.rounds else "SFT"
     wins[f"PPO against {last}"] = duel(said["PPO"], said[last], rows, annotator)
     for name, w in wins.items():
         print(f"{name + ('' if ' against ' in name else ' against SFT'):<26}wins, helpful / "
@@ -827,8 +860,11 @@ def compare_versions(policy, at: Places) -> tuple[dict, dict]:
               f"{w['harmless_reward_model']:.0%}, annotator {w['helpful_annotator']:.0%} / "
               f"{w['harmless_annotator']:.0%}; both {w['annotator']:.1%}, at least "
               f"{w['annotator_low']:.1%} (95%), of {w['decided']} decided")
+    means = {name: {f"reward_{key}": answers[goal][key].mean().item() for goal, key in
+                    (("helpful", "helpful"), ("harmless", "safety"))}
+             for name, answers in said.items()}
     return wins, {name: torch.histc(answers["harmless"]["safety"].sigmoid(), 5, 0, 1).tolist()
-                  for name, answers in said.items()}
+                  for name, answers in said.items()}, means
 
 
 def draw(records: list[dict], wins: dict, shifts: dict, out: Path) -> Path:
@@ -895,6 +931,7 @@ def draw(records: list[dict], wins: dict, shifts: dict, out: Path) -> Path:
 
 def settings(cfg: Config, dim: int) -> Config:
     """cfg with what depends on the model's size filled in; ValueError for what does not fit."""
+    cfg = M.at_size(cfg, PAPER, dim)
     by_size = next(v for width, v in reversed(SIZES.items()) if dim >= width)
     given = {k: v if getattr(cfg, k) is None else getattr(cfg, k)
              for k, v in zip(("rs_lr", "lr", "beta"), by_size)}
@@ -917,12 +954,16 @@ def settings(cfg: Config, dim: int) -> Config:
 def main(cfg: Config) -> dict:
     """V1 to V5, PPO, evaluation; returns the final metrics. ValueError for what does not fit."""
     began, out = time.time(), Path(cfg.out)
-    base, info = M.load(cfg.checkpoint or out / "sft.pt", "cpu")
-    cfg = settings(cfg, base.config.dim)
+    source = cfg.checkpoint or out / "sft.pt"
+    config = scale.shape_of(source, cfg.model, cfg.dry_run)
+    cfg = settings(cfg, config.dim)
     if cfg.dry_run:
-        print(scale.dry_run(base.config, cfg.batch_size, base.config.max_seq_len, cfg.minibatch,
-                            tp=cfg.tp, ppo=True, device=cfg.device))
+        length = config.max_seq_len
+        scale.dry_run(config, cfg.minibatch, length, recompute=cfg.recompute, tp=cfg.tp,
+                      tokens=cfg.iterations * cfg.batch_size * length, device=cfg.device,
+                      rollouts=cfg.batch_size)
         return {}
+    info = M.load(source, "cpu")[1]
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))
     at = Places(cfg, data.Tokenizer(info["tokenizer"]), data.World(), world)
@@ -930,19 +971,27 @@ def main(cfg: Config) -> dict:
     policy, best = ppo(folder, at)
     final = {**best, "kl": best["kl_sft"], "rounds": records}
     if not cfg.data:
-        def give(dialogs, temperature):
-            _, responses, finished = answer(policy, at.tokenizer, dialogs, temperature, cfg, world,
+        def give(model, dialogs, temperature):
+            _, responses, finished = answer(model, at.tokenizer, dialogs, temperature, cfg, world,
                                             ("examination",))
             texts = [at.tokenizer.decode(r).strip() for r in responses]
             return texts, finished.float().mean().item()
 
-        final |= data.Annotator(at.village).examine(give, cfg.eval_prompts)
-        final["win_rates"], shifts = compare_versions(policy, at)
+        examine = data.Annotator(at.village).examine
+        final |= examine(functools.partial(give, policy), cfg.eval_prompts)
+        if cfg.rounds and (out / "rlhf_control.pt").exists():
+            print("the control, trained as long on SFT's own answers, none rejected:")
+            control = functools.partial(give, at.open(out / "rlhf_control.pt"))
+            final["no_rejection"] = examine(control, cfg.eval_prompts, temperatures=(0.5,))
+        final["win_rates"], shifts, final["versions"] = compare_versions(policy, at)
+        final |= final["versions"]["PPO"]
     final["minutes"] = (time.time() - began) / 60
     save(out / "ppo.pt", policy, "ppo", final, at)
     if world.is_main:
         M.summarize("ppo", out, final)
         if not cfg.data:
+            if not cfg.checkpoint:  # what SFT's answers score could not be known before
+                M.summarize("sft", out, {**final["versions"]["SFT"], "kl": 0.0}, add=True)
             print(f"figures: {draw(records, final['win_rates'], shifts, out)}")
         print(f"wrote {out}/ppo.pt (PPO iteration {best['step']}, KL {final['kl']:.2f} nats from "
               f"SFT); next: python gatt.py")

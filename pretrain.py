@@ -10,13 +10,13 @@ in  : nothing (the tiny world of data.py), or your own text with --data
 out : out/pretrain.pt, out/pretrain.jsonl, out/figures/pretrain.png (the counterpart of Fig. 5)
 run : python pretrain.py                                  about 3 minutes on two cores
       python pretrain.py --data book.txt --minutes 3      your own text; prints bits per byte
-      torchrun --nproc-per-node 8 pretrain.py --model 7b --data corpus/
+      torchrun --nproc-per-node 8 pretrain.py --model 7b --data wiki=2,web    token shards
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
 - Less than two million tokens of a synthetic world instead of two trillion of public text.
-- Learning rate, warm-up, batch and sequence length are those of a toy; give the paper's with flags.
+- Learning rate, warm-up, batch and sequence length are those of a toy; the paper's from 7b on.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ import data, kernels, model as M, scale
 @dataclass
 class Config:
     model: str = "tiny"  # preset: tiny 15m 110m 1b 7b 13b 34b 70b
-    data: str | None = None  # .txt, .jsonl or a folder of them; none: the tiny world
+    data: str | None = None  # text, or token shards with weights: wiki=2,web; none: the tiny world
     tokenizer: str | None = None  # a SentencePiece model to use; none: train one on the data
     vocab_size: int = 0  # tokens; 0: the preset's; paper: 32000 (§2.2)
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of weights, world and order of the data
-    tokens: float = 1.7e6  # tokens to train on; paper: 2e12 (Table 1)
+    tokens: float = 2.4e6  # tokens to train on; paper: 2e12 (Table 1)
     minutes: float = 0  # if > 0: train this long instead, tokenizer and evaluation included
-    batch_size: int = 8  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
+    batch_size: int = 4  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
     micro_batch: int = 16  # sequences per rank and forward pass; smaller needs less memory
     seq_len: int = 256  # tokens; paper: 4096 (Table 1)
     lr: float = 0  # peak; 0: the preset's, paper: 3e-4 up to 13b, 1.5e-4 above (Table 1)
     warmup_steps: int = 50  # steps of linear warm-up; paper: 2000 of 500,000 (§2.2)
     weight_decay: float = 0.1  # paper: 0.1 (§2.2)
     clip: float = 1.0  # largest gradient norm; paper: 1.0 (§2.2)
-    log_every: int = 20  # steps between two lines on the screen and in out/pretrain.jsonl
-    evaluate_every: int = 200  # steps between validation losses and samples
-    save_every: int = 200  # steps between resume states
+    log_every: int = 40  # steps between two lines on the screen and in out/pretrain.jsonl
+    evaluate_every: int = 400  # steps between validation losses and samples
+    save_every: int = 400  # steps between resume states
     resume: bool = False  # continue from out/pretrain.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory, 1/3 slower
     tp: int = 1  # tensor-parallel ranks, under torchrun
@@ -65,6 +65,10 @@ class Config:
 # Peak learning rate by preset; the paper's from 7b on [L2 Table 1], below it ours.
 LEARNING_RATE = {"tiny": 4e-3, "15m": 1e-3, "110m": 6e-4, "1b": 4e-4,
                  "7b": 3e-4, "13b": 3e-4, "34b": 1.5e-4, "70b": 1.5e-4}
+
+# From 7b on these take the place of the defaults above [L2 §2.2, Table 1].
+PAPER = {"tokens": 2e12, "batch_size": 1024, "micro_batch": 1, "seq_len": 4096,
+         "warmup_steps": 2000}
 
 # ------------------------------------------------------------------------------------ the idea
 
@@ -96,7 +100,7 @@ class Corpus:
     """A tokenizer and two streams of ids; `val_bytes` is the text behind `val`, in UTF-8 bytes."""
 
     tokenizer: data.Tokenizer
-    train: np.ndarray
+    train: np.ndarray | scale.TokenStream
     val: np.ndarray
     val_bytes: int
     name: str
@@ -105,6 +109,8 @@ class Corpus:
 
 def prepare(cfg: Config, tokenizer: data.Tokenizer | None, vocab_size: int) -> Corpus:
     """Read or generate the text, train the tokenizer if there is none, encode everything."""
+    if cfg.data and scale.are_shards(cfg.data):
+        return open_shards(cfg)
     if cfg.data:
         train, val = split_at_byte(list(data.read_texts(cfg.data)), 0.9)
         tokenizer = tokenizer or data.Tokenizer(data.train_tokenizer(train, vocab_size))
@@ -125,6 +131,21 @@ def prepare(cfg: Config, tokenizer: data.Tokenizer | None, vocab_size: int) -> C
     return Corpus(tokenizer, *encoded, sum(len(t.encode()) for t in val), "the tiny world", world)
 
 
+def open_shards(cfg: Config) -> Corpus:
+    """A mixture of token shards, mapped from disk; the tokenizer is the one they were made with."""
+    if cfg.tokenizer or cfg.vocab_size:
+        raise ValueError("token shards bring their tokenizer: leave --tokenizer and --vocab-size "
+                         "away")
+    train, val, model = scale.read_shards(cfg.data)
+    tokenizer, val = data.Tokenizer(model), val[:]
+    if len(train) <= cfg.seq_len or len(val) < 2:
+        raise ValueError(f"{cfg.data}: {len(train)} tokens to train on and {len(val)} held out; "
+                         f"more than one --seq-len of {cfg.seq_len} is needed")
+    documents = np.split(val, np.flatnonzero(val == tokenizer.eos_id))
+    val_bytes = sum(len(tokenizer.decode(ids).encode()) for ids in documents)
+    return Corpus(tokenizer, train, val, val_bytes, cfg.data)
+
+
 def split_at_byte(texts: list[str], share: float) -> tuple[list[str], list[str]]:
     """The first `share` of all bytes, and the rest; one text may be cut in two, at a character."""
     left = int(share * sum(len(t.encode()) for t in texts))
@@ -137,13 +158,7 @@ def split_at_byte(texts: list[str], share: float) -> tuple[list[str], list[str]]
     return texts, []
 
 
-@functools.lru_cache(2)
-def order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits its sequences: a permutation of range(count)."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def batch_at(step: int, stream: np.ndarray, cfg: Config, world) -> torch.Tensor:
+def batch_at(step: int, stream, cfg: Config, world) -> torch.Tensor:
     """This rank's rows of the global batch of `step`: int64 (B, seq_len + 1).
 
     A pure function of (seed, step): nothing to save for a resume, and the global batch is the same
@@ -153,7 +168,7 @@ def batch_at(step: int, stream: np.ndarray, cfg: Config, world) -> torch.Tensor:
     rows = []
     for i in scale.rank_rows(cfg.batch_size, world):
         epoch, place = divmod(step * cfg.batch_size + i, count)
-        start = T * int(order(count, cfg.seed, epoch)[place])
+        start = T * int(scale.permuted(np.array([place]), count, cfg.seed, epoch)[0])
         rows.append(stream[start:start + T + 1])  # neighbours share one token: input, then target
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
@@ -167,24 +182,26 @@ def validate(model, corpus: Corpus, cfg: Config, device) -> tuple[float, float]:
 
     Bits per byte = total nats / ln 2 / bytes of the text: comparable between tokenizers, which
     nats per token are not. Each sequence starts without context, so this is an upper bound.
+    Ranks share the work.
     """
-    T, total = cfg.seq_len, 0.0
+    T, total, world = cfg.seq_len, 0.0, scale.world_of(model)
     padded = np.concatenate([corpus.val, np.zeros(-(len(corpus.val) - 1) % T, corpus.val.dtype)])
     inputs = torch.from_numpy(padded[:-1].astype(np.int64)).view(-1, T)
     targets = torch.from_numpy(padded[1:].astype(np.int64)).view(-1, T)
     real = (torch.arange(targets.numel()) < len(corpus.val) - 1).view(-1, T)  # not the padding
-    for i in range(0, len(inputs), cfg.micro_batch):
+    for i in range(world.dp_rank * cfg.micro_batch, len(inputs), world.dp * cfg.micro_batch):
         x, y, mask = (t[i:i + cfg.micro_batch].to(device) for t in (inputs, targets, real))
         with M.autocast(device):
             logp = kernels.token_logprobs(kernels.trunk(model, x), model.output.weight, y, mask)
         total -= logp.double().sum().item()
+    total = scale.all_sum(total, world)
     return total / (len(corpus.val) - 1), total / math.log(2) / corpus.val_bytes
 
 
 def complete(model, tokenizer, prefixes: list[str], max_new_tokens: int, temperature=0.0, seed=0):
     """Continue each text: list of str; greedy by default; a document's end (EOS) stops it."""
     prompts = [tokenizer.encode(p, bos=True) for p in prefixes]
-    tokens, _ = kernels.rollout(model, prompts, max_new_tokens, temperature=temperature, top_p=1.0,
+    tokens, _ = scale.rollout(model, prompts, max_new_tokens, temperature=temperature, top_p=1.0,
                                 seed=seed, stop=tokenizer.eos_id)
     return [tokenizer.decode(t) for t in tokens]
 
@@ -269,14 +286,20 @@ def count_steps(cfg: Config, model, stream, world, began: float) -> int:
     return max(1, int(scale.all_mean(left / min(seconds[1:]), world)))
 
 
+LEAST = {"tokens": 1, "batch_size": 1, "micro_batch": 1, "log_every": 1, "evaluate_every": 1,
+         "save_every": 1, "tp": 1, "vocab_size": 0, "seed": 0, "minutes": 0, "lr": 0,
+         "warmup_steps": 0, "weight_decay": 0, "clip": 1e-6}  # the smallest that makes sense
+
+
 def check(cfg: Config, shape: M.ModelConfig) -> None:
     """ValueError for flags that cannot work, before anything is read or allocated."""
     if not 1 < cfg.seq_len <= shape.max_seq_len:
         raise ValueError(f"--seq-len {cfg.seq_len}: the context of {cfg.model} is "
                          f"{shape.max_seq_len} tokens; give 2 to {shape.max_seq_len}")
-    for flag in ("batch_size", "micro_batch", "tokens", "evaluate_every", "save_every"):
-        if getattr(cfg, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: give 1 or more")
+    for flag, least in LEAST.items():
+        value = getattr(cfg, flag)
+        if not least <= value < math.inf:  # so written, it catches nan too
+            raise ValueError(f"--{flag.replace('_', '-')} {value:g}: give {least:g} or more")
     if cfg.tokenizer and cfg.vocab_size:
         raise ValueError("--vocab-size is for training a tokenizer: leave it away with --tokenizer")
 
@@ -309,10 +332,11 @@ def evaluate(model, corpus: Corpus, cfg: Config, device) -> dict[str, float]:
 def main(cfg: Config) -> dict:
     """Train, evaluate, save; returns the final metrics. ValueError for flags that do not fit."""
     began, out, shape = time.time(), Path(cfg.out), M.preset(cfg.model)
+    cfg = M.at_size(cfg, PAPER, shape.dim)
     check(cfg, shape)
     if cfg.dry_run:
-        print(scale.dry_run(shape, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute,
-                            cfg.tp, cfg.tokens, device=cfg.device))
+        scale.dry_run(shape, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                      cfg.tokens, cfg.device)
         return {}
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))

@@ -40,18 +40,19 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # chat model to start from; none: OUT/sft.pt
     data: str | None = None  # .jsonl files or folders, comma between; none: collect comparisons
     which: Literal["both", "helpful", "safety"] = "both"  # models to train
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of prompts, labels, head and order
-    pairs: int = 4500  # comparisons to collect, a third of them for safety; paper: 1.4 million
+    pairs: int = 9000  # comparisons to collect, a third of them for safety; paper: 1.4 million
     test_pairs: int = 600  # comparisons to hold out for each model; paper: 1000 a week (§3.2.2)
     margin: Literal["none", "small", "large"] = "small"  # m(rating); paper: unsaid (Table 27)
     aux_weight: float = 0.5  # of the safety model's classification loss; UNSPECIFIED in L2
     batch_size: int = 16  # pairs per step, over all ranks; paper: 512 (§3.2.2)
     micro_batch: int = 16  # pairs per rank and forward pass; smaller needs less memory
-    lr: float = 0  # peak; 0: by the model's width; paper: 1e-5, 70b 5e-6 (§3.2.2)
+    lr: float = 0  # peak; 0: by the model's width, half with --resume-from; paper: 1e-5, 70b 5e-6
     log_every: int = 20  # steps between two lines on the screen and in out/reward.jsonl
     save_every: int = 100  # steps between resume states
     resume: bool = False  # continue from out/reward.state.pt if it is there
@@ -66,11 +67,11 @@ class Config:
     dry_run: bool = False  # print what the run would need, allocate nothing
 
 
+PAPER = {"batch_size": 512, "micro_batch": 1}  # from 7b on, in place of the above [L2 §3.2.2]
 MARGINS = {  # m(rating), in the order of data.RATINGS: significantly better ... negligibly better
     "none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}  # [L2 Table 27]
 COLLECTED = ("helpful", "helpful_test", "safety", "safety_test")  # out/preferences_NAME.jsonl
-TEMPERATURES = (0.5, 0.8, 1.1)  # of the variants that are compared; UNSPECIFIED in L2
-CAUTIOUS = 0.15  # share of pairs in which one answer is a canned refusal, whatever was asked
+TEMPERATURES = (0.5, 0.8, 1.0)  # of the variants that are compared; UNSPECIFIED in L2
 MAX_ANSWER = 80  # tokens
 PRECISION = 0.89  # of the gate of RLHF: "threshold 0.15 ... precision of 0.89" [L2 §3.2.3]
 
@@ -113,7 +114,7 @@ def end_scores(model, tokens, lengths):
     """
     hidden = kernels.trunk(model, tokens, lengths)  # (B, T, D)
     last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
-    return F.linear(last, model.output.weight).squeeze(-1).float()
+    return model.output(last).squeeze(-1).float()
 
 
 def pad(rows: list[list[int]], device):
@@ -126,14 +127,19 @@ def pad(rows: list[list[int]], device):
 
 @torch.no_grad()
 def scores(model, rows: list[list[int]], rows_at_once: int = 64):
-    """Raw scores of whole dialogues (token lists with their EOS): float32 (N,) on the CPU."""
-    device, out = model.output.weight.device, torch.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like beside like: less padding
-    for start in range(0, len(rows), rows_at_once):
-        at = order[start:start + rows_at_once]
-        with M.autocast(device):
-            out[at] = end_scores(model, *pad([rows[i] for i in at], device)).cpu()
-    return out
+    """Raw scores of whole dialogues (token lists with their EOS): float32 (N,) on the CPU.
+
+    Ranks share the work, and each gets all the scores.
+    """
+    world, found = scale.world_of(model), {}
+    mine = range(world.dp_rank, len(rows), world.dp)
+    order = sorted(mine, key=lambda i: len(rows[i]))  # like beside like: less padding
+    with scale.unsharded(model, world), M.autocast(world.device):
+        for start in range(0, len(order), rows_at_once):
+            at = order[start:start + rows_at_once]
+            r = end_scores(model, *pad([rows[i] for i in at], world.device))
+            found |= zip(at, r.tolist())
+    return torch.tensor(scale.gather([found[i] for i in mine], world))
 
 
 def calibrate(scores, is_unsafe, precision: float) -> float:
@@ -165,7 +171,7 @@ def collect(cfg: Config, world) -> None:
     for name in COLLECTED:
         which, _, test = name.partition("_")  # which: also the name of the mix of prompts
         n = cfg.test_pairs if test else counts[which]
-        prompts = village.prompts(which, test or "train", n, cfg.seed)
+        prompts = village.prompts(which, test or "train", n, cfg.seed, data.STYLED)
         rows = compare(model, tokenizer, village, [row["messages"] for row in prompts],
                        "safe" if which == "safety" else "helpful", f"{name} {cfg.seed}", world)
         path, text = preferences(cfg, name), "".join(json.dumps(row) + "\n" for row in rows)
@@ -184,14 +190,14 @@ def preferences(cfg: Config, name: str) -> Path:
 def compare(model, tokenizer, village, prompts: list, by: str, seed: str, world) -> list[dict]:
     """Rows of a preference file: two answers of different variants to each open dialogue.
 
-    The variants are temperatures, and one that refuses whatever is asked: without it no pair says
-    that refusing a harmless question is bad. by: "helpful" or "safe", the guidelines of the label.
+    The variants are temperatures; some first answers are what neither would say. by: "helpful" or
+    "safe", the guidelines of the label.
     """
     rng, annotator, rows = random.Random(f"compare {seed}"), data.Annotator(village), []
     jobs = [(prompt, t) for prompt in prompts for t in rng.sample(TEMPERATURES, 2)]
     answers = sample(model, tokenizer, jobs, rng.randrange(1 << 30), world)
-    for prompt, a, b in zip(prompts, answers[::2], answers[1::2]):
-        a = village.refusal(rng) if rng.random() < CAUTIOUS else a
+    first = village.oddities(prompts, answers[::2], rng)
+    for prompt, a, b in zip(prompts, first, answers[1::2]):
         if not a or not b or a == b:
             continue
         label = annotator.label(prompt, a, b, rng, by)
@@ -372,9 +378,11 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def default_lr(dim: int) -> float:
+def default_lr(c: M.ModelConfig) -> float:
     """1e-5, 5e-6 for 70b [L2 §3.2.2]; below 7b, inversely to the width: 5e-4 for tiny's 128."""
-    return 5e-6 if dim >= 8192 else 1e-5 if dim >= 4096 else 5e-4 * 128 / dim
+    if c.dim < 4096:
+        return 5e-4 * 128 / c.dim
+    return 5e-6 if c.dim >= 8192 and c.n_layers > 64 else 1e-5  # 34b is as wide as 70b
 
 
 def train_step(model, optimizer, batch, lr, aux_weight, cfg: Config, world) -> dict[str, float]:
@@ -409,7 +417,8 @@ def fit(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, wor
     """One epoch, for "training longer can lead to over-fitting" [L2 §3.2.2]; yields (done, metrics)
     after each step. The order is a function of the seed: a resumed run needs no other memory."""
     order = random.Random(f"order {cfg.seed}").sample(pairs, len(pairs))
-    total, peak = len(pairs) // cfg.batch_size, cfg.lr or default_lr(model.config.dim)
+    peak = cfg.lr or default_lr(model.config) / (2 if cfg.resume_from else 1)
+    total = len(pairs) // cfg.batch_size
     for step in range(first, total):
         # 1) batch
         batch = [order[step * cfg.batch_size + i] for i in scale.rank_rows(cfg.batch_size, world)]
@@ -607,12 +616,14 @@ def main(cfg: Config) -> dict:
     source = cfg.checkpoint or out / "sft.pt"
     if cfg.resume_from:
         source = Path(cfg.resume_from) / f"reward_{cfg.which.replace('both', 'helpful')}.pt"
-    origin, info = M.load(source, "cpu")
-    tokenizer, config = data.Tokenizer(info["tokenizer"]), origin.config
+    config = scale.shape_of(source, cfg.model, cfg.dry_run)
+    cfg = M.at_size(cfg, PAPER, config.dim)
     if cfg.dry_run:
-        print(scale.dry_run(config, 2 * cfg.batch_size, config.max_seq_len,
-                            recompute=cfg.recompute))
+        scale.dry_run(dataclasses.replace(config, scalar_head=True), cfg.batch_size,
+                      config.max_seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                      device=cfg.device, pairs=True)
         return {}
+    tokenizer = data.Tokenizer(M.load(source, "cpu")[1]["tokenizer"])
     world, state = scale.setup(cfg.device, cfg.tp), out / "reward.state.pt"
     print(kernels.choose(cfg.kernels, world.device))
     resumes = cfg.resume and (state.exists() or state.with_suffix("").exists())

@@ -29,7 +29,8 @@ those of a single process up to the order of summation (float32: 1e-6), not bit 
 
 from __future__ import annotations
 
-import atexit, contextlib, copy, json, logging, math, os, random, shutil, sys, time, warnings, zlib
+import atexit, contextlib, functools, json, logging, math, os, random, shutil, sys, time, warnings
+import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -101,6 +102,11 @@ def setup(device: str = "auto", tp: int = 1) -> World:
     return World(place, rank, size, tp, mesh)
 
 
+def world_of(model) -> World:
+    """The ranks among which `wrap` put a model; a model that never went through it is alone."""
+    return getattr(model, "world", None) or World(model.tok_embeddings.weight.device)
+
+
 def _abandon() -> None:
     """At exit without `finish`, something failed: leave at once, not through gloo's destructors."""
     import torch.distributed as dist
@@ -122,6 +128,11 @@ def finish(world: World) -> None:
 
     dist.barrier()
     dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Nobody goes on before all are here: what one rank wrote, the others may now read."""
+    all_sum(0, world)
 
 
 # ----------------------------------------------------------------------------- the same batch
@@ -148,6 +159,15 @@ def all_sum(value: float, world: World) -> float:
     total = torch.tensor(value / world.tp, dtype=torch.float64)  # on the CPU, so through gloo
     dist.all_reduce(total)
     return total.item()
+
+
+def all_max(tensor: Tensor, world: World) -> Tensor:
+    """The largest of all ranks, element by element; on the CPU."""
+    if world.mesh is not None:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
 
 
 def all_mean(value: float, world: World, weight: float = 1.0) -> float:
@@ -190,6 +210,7 @@ def wrap(model: M.Llama, world: World, seed: int | None = None, recompute: bool 
     precision becomes float32, each rank converting its share alone. The optimizer is built after
     this, never before: it would hold the unsharded parameters.
     """
+    model.world = world  # for `world_of`
     for layer in model.layers:
         layer.recompute = recompute
     is_meta = model.tok_embeddings.weight.is_meta
@@ -303,19 +324,40 @@ def unsharded(model, world: World):
     inference mode, where what is gathered can never be trained on. With tp 1 no rank waits for
     another, so they may generate different lengths. Costs the whole model / tp per rank.
     """
-    if world.mesh is None:
+    if world.mesh is None or getattr(model, "is_gathered", False):
         yield model
         return
-    units = _units(model)
+    units, model.is_gathered = _units(model), True
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield model
     finally:
+        model.is_gathered = False
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
+def rollout(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+            seed: int = 0, stop: int | None = None, row_ids=None):
+    """`kernels.rollout`, its rows shared out among the dp ranks; every rank gets all of them.
+
+    A row draws by its id, so the answers are those of a single process.
+    """
+    world = world_of(model)
+    options = dict(temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+    if world.mesh is None:
+        return kernels.rollout(model, prompts, max_new_tokens, row_ids=row_ids, **options)
+    ids = list(range(len(prompts)) if row_ids is None else row_ids)
+    mine, found = range(world.dp_rank, len(prompts), world.dp), ([], [])
+    with unsharded(model, world):
+        if mine:  # more ranks than prompts: some have none
+            found = kernels.rollout(model, [prompts[i] for i in mine], max_new_tokens,
+                                    row_ids=[ids[i] for i in mine], **options)
+    tokens, logprobs = zip(*gather(list(zip(*found)), world))
+    return list(tokens), list(logprobs)
 
 
 # --------------------------------------------------------------------------------- checkpoints
@@ -358,7 +400,6 @@ def save_state(path, model, optimizer, extra: dict, world: World) -> None:
         M.save_state(path, {"parts": parts, "random": _random_state(world), "extra": extra})
         shutil.rmtree(folder, ignore_errors=True)  # what many ranks wrote before
         return
-    import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
     final = folder / f"step-{extra['step']:08d}"
@@ -367,15 +408,15 @@ def save_state(path, model, optimizer, extra: dict, world: World) -> None:
         for old in folder.glob("*.tmp"):  # litter of a kill; a .tmp is never read
             shutil.rmtree(old)
         temporary.mkdir(parents=True)
-    dist.barrier()
+    barrier(world)
     dcp.save(_distributed_state(model, optimizer, world), checkpoint_id=temporary)
     M.save_state(temporary / f"random-{world.rank}-of-{world.size}.pt", _random_state(world))
-    dist.barrier()  # every part is on the disk
+    barrier(world)  # every part is on the disk
     if world.is_main:
         M.save_state(temporary / "extra.pt", extra)
         _swap_in(temporary, final)
         Path(path).unlink(missing_ok=True)  # what a single process wrote before
-    dist.barrier()
+    barrier(world)
 
 
 def _swap_in(temporary: Path, final: Path) -> None:
@@ -405,6 +446,8 @@ def load_state(path, model, optimizer, world: World, check=None) -> dict | None:
     folder = Path(path).with_suffix("")
     states = sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
     single = M.load_state(path)
+    if single and not single.keys() >= {"parts", "random", "extra"}:
+        raise ValueError(f"{path} is not a resume state of a stage: delete it to start afresh")
     if single and (not states or single["extra"]["step"] > int(states[-1].name[5:])):
         if world.mesh is not None:
             raise ValueError(f"{path} is the state of a single process: continue it without "
@@ -526,7 +569,8 @@ def memory(c: M.ModelConfig, tokens: int, ranks: int = 1, tp: int = 1, recompute
     the loss; the first layers of the backward pass; its last layers; the embeddings' gradient.
     Within 6% of the simulation below; not counted: the driver's context, NCCL, fragmentation.
     """
-    d, h, V, L, t, w = c.dim, c.hidden_dim, c.vocab_size, c.n_layers, tokens, 2 if half else 4
+    d, h, L, t, w = c.dim, c.hidden_dim, c.n_layers, tokens, 2 if half else 4
+    V = 1 if c.scalar_head else c.vocab_size  # rows of the head
     alone, layer = ranks == 1, 2 * d * d + 2 * d * c.n_kv_heads * c.head_dim + 3 * d * h + 2 * d
     N = M.count_parameters(c)
     layers, P, R = L * layer, layer / tp, (N - L * layer) / tp  # P: of a layer, R: of the root unit
@@ -573,7 +617,8 @@ class Run:
     half: bool = True  # bf16 compute; alone on a GPU that is autocast: an estimate, not simulated
     trained: int = 1  # models with gradients and optimizer, of this shape; PPO: policy and critic
     frozen: int = 0  # models that are only read; PPO: reference and reward models
-    cache_tokens: int = 0  # prompt and response tokens that a rank generates at a time
+    rollouts: int = 0  # PPO: answers of an iteration, over all ranks
+    per_row: int = 1  # sequences that stand for one row of the batch; reward models: 2, a pair
 
     @property
     def rows(self) -> int:
@@ -584,17 +629,19 @@ class Run:
     def memory(self) -> dict[str, float]:
         """Bytes per rank by kind: the update, or the rollouts where they need more."""
         c, N = self.config, M.count_parameters(self.config)
-        parts = memory(c, self.rows * self.seq_len, self.ranks, self.tp, self.recompute, self.half)
+        tokens = self.rows * self.per_row * self.seq_len
+        parts = memory(c, tokens, self.ranks, self.tp, self.recompute, self.half)
         for kind, size in (("weights", 4), ("optimizer", 8)):
             parts[kind] += (self.trained - 1) * size * N / self.ranks
         parts["activations"] *= self.trained  # policy and critic are updated by one loss
         parts["gradients"] += (self.trained - 1) * 4 * N / self.ranks
         parts |= {"frozen models": self.frozen * 4 * N / self.ranks, "KV cache": 0.0}
         width = 2 if self.half else 4
-        cache = self.cache_tokens * 2 * c.n_layers * c.n_kv_heads * c.head_dim * width / self.tp
+        cached = min(self.rollouts * self.tp / self.ranks, 512) * self.seq_len  # tokens at a time
+        cache = cached * 2 * c.n_layers * c.n_kv_heads * c.head_dim * width / self.tp
         whole = 0 if self.ranks == 1 else width * N / self.tp  # `unsharded`
         step = ("gradients", "gathered weights", "activations", "buffers")
-        if cache + whole > sum(parts[k] for k in step) and self.cache_tokens:
+        if self.rollouts and cache + whole > sum(parts[k] for k in step):
             parts |= dict.fromkeys(step, 0.0) | {"gathered weights": whole, "KV cache": cache}
         return parts
 
@@ -614,7 +661,8 @@ def advise(run: Run, limit: float) -> Run | None:
             if run.batch_size % (ranks // tp):
                 continue
             for recompute in (run.recompute, True):
-                for rows in [r for r in reversed(sizes) if r <= max(run.rows, 1)]:
+                for rows in [r for r in reversed(sizes) if r <= run.rows and not run.rollouts
+                             ] or [0]:  # PPO takes a rank's mini-batch at once
                     changed = replace(run, ranks=ranks, tp=tp, recompute=recompute,
                                       micro_batch=rows)
                     if changed.peak() <= limit:
@@ -622,17 +670,41 @@ def advise(run: Run, limit: float) -> Run | None:
     return None
 
 
-def dry_run(config: M.ModelConfig, batch_size: int, seq_len: int, micro_batch: int = 0,
-            recompute: bool = False, tp: int = 1, tokens: float = PAPER_TOKENS, ppo: bool = False,
-            device: str = "auto") -> str:
-    """What a stage would need on this machine, under this torchrun; the text of --dry-run.
+def shape_of(checkpoint, preset: str | None, dry_run: bool) -> M.ModelConfig:
+    """The shape that a stage trains: its checkpoint's, which --model NAME, if given, must name.
 
-    Allocates nothing. tokens: of the whole training, for the hours. ppo: policy and critic are
-    trained, reference, SFT and two reward models only read, and whole batches are generated.
+    A dry run with --model needs no checkpoint. ValueError if the two differ; the vocabulary and
+    the context may.
+    """
+    if preset and dry_run:
+        return M.preset(preset)
+    config = M.load(checkpoint, "cpu")[0].config
+    if preset:
+        same = M.preset(preset, vocab_size=config.vocab_size, max_seq_len=config.max_seq_len,
+                        norm_eps=config.norm_eps, rope_theta=config.rope_theta,
+                        scalar_head=config.scalar_head)
+        if config != same:
+            raise ValueError(f"--model {preset}: {checkpoint} has another shape (dim {config.dim}, "
+                             f"{config.n_layers} layers): leave --model away, or give a "
+                             f"--checkpoint of that size")
+    return config
+
+
+def dry_run(config: M.ModelConfig, batch_size: int, seq_len: int, micro_batch: int = 0,
+            recompute: bool = False, tp: int = 1, tokens: float = 0, device: str = "auto",
+            pairs: bool = False, rollouts: int = 0) -> str:
+    """--dry-run: print what a stage would need on this machine, under this torchrun.
+
+    Allocates nothing. tokens: of the whole training, for the hours; 0: of one step. pairs: a row
+    is two sequences, chosen and rejected. rollouts: answers of an iteration of PPO, where policy
+    and critic are trained, and reference, SFT and two reward models are only read.
     """
     ranks, place = int(os.environ.get("WORLD_SIZE", 1)), M.pick_device(device)
+    if tp < 1 or ranks % tp:
+        raise ValueError(f"--tp {tp} must divide the {ranks} ranks: start --dry-run under torchrun "
+                         f"too, or ask `python scale.py plan --ranks N --tp {tp}`")
     run = Run(config, batch_size, seq_len, micro_batch, ranks, tp, recompute, place.type == "cuda",
-              *(2, 4, batch_size * seq_len * tp // ranks) if ppo else ())
+              *(2, 4, rollouts) if rollouts else (), per_row=1 + pairs)
     if place.type == "cuda":
         limit = float(torch.cuda.get_device_properties(place).total_memory)
     elif hasattr(os, "sysconf"):
@@ -640,28 +712,42 @@ def dry_run(config: M.ModelConfig, batch_size: int, seq_len: int, micro_batch: i
         limit /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     else:
         limit = math.inf
-    return describe(run, tokens, limit, f"this machine's {place.type}")
+    tokens = tokens or batch_size * (1 + pairs) * seq_len
+    text = describe(run, tokens, limit, f"this machine's {place.type}")
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+    return text
 
 
-def describe(run: Run, tokens: float, limit: float, where: str) -> str:
+def describe(run: Run, tokens: float, limit: float, where: str, utilisation: float = 0.45) -> str:
     """A run in words and numbers: what it computes, needs, costs, and what would make it fit."""
-    c, parts, peak = run.config, run.memory(), run.peak()
-    preset = next((n for n, p in M.PRESETS.items() if p == c), None)
+    c, parts, peak, dp = run.config, run.memory(), run.peak(), run.ranks // run.tp
+    name = next((n for n, p in M.PRESETS.items() if p == replace(c, scalar_head=False)), "model")
     models = f", {run.trained} trained and {run.frozen} frozen models" if run.frozen else ""
-    lines = [f"{preset or 'model'}: {M.count_parameters(c):,} parameters{models}",
-             f"batch: {run.batch_size} rows x {run.seq_len} tokens = "
-             f"{run.batch_size * run.seq_len:,} tokens a step, over {run.ranks} ranks "
-             f"({run.ranks // run.tp} data x {run.tp} tensor parallel), {run.rows} rows at a time",
+    per_row = f"{run.per_row} x " if run.per_row > 1 else ""
+    per_step = run.batch_size * run.per_row * run.seq_len
+    # PPO trains two models, and reads each token six times more: rollout, policy, reference,
+    # critic and two reward models; a forward pass is a third of a training step.
+    work = run.trained + (6 / 3 if run.frozen else 0)
+    flops = work * flops_per_token(c, run.seq_len)
+    hours = work * gpu_hours(c, tokens, run.seq_len, utilisation)
+    paper = f"; the paper's Table 2: {PAPER_HOURS[name]:,}" if (
+        name in PAPER_HOURS and tokens == PAPER_TOKENS) else ""
+    lines = [f"{name}: {M.count_parameters(c):,} parameters{models}",
+             f"batch: {run.batch_size} rows x {per_row}{run.seq_len} tokens = {per_step:,} tokens "
+             f"a step; ranks: {run.ranks} ({dp} data x {run.tp} tensor parallel), each with "
+             f"{run.rows} at a time",
              f"memory per rank at its fullest, GiB ({'bf16' if run.half else 'float32'} compute, "
              f"float32 weights{', recomputed activations' if run.recompute else ''}):",
              *(f"  {kind:<17}{size / GiB:10.2f}" for kind, size in parts.items() if size),
-             f"  {'peak':<17}{peak / GiB:10.2f}   of the {limit / GiB:,.0f} of {where}"]
-    hours = gpu_hours(c, tokens, run.seq_len, 0.45)
-    paper = f"; the paper's Table 2: {PAPER_HOURS[preset]:,}" if preset in PAPER_HOURS else ""
-    lines.append(f"compute: {flops_per_token(c, run.seq_len):.4g} FLOPs per token; {tokens:.3g} "
-                 f"tokens are {hours:,.4g} A100 hours at 45% of peak{paper}")
-    if run.batch_size % (run.ranks // run.tp):
-        lines.append(f"{run.batch_size} rows cannot be split over {run.ranks // run.tp} data ranks")
+             f"  {'peak':<17}{peak / GiB:10.2f}   of the {limit / GiB:,.0f} of {where}",
+             f"compute: {flops:.4g} FLOPs per token; at {utilisation:.0%} of its peak an A100 does "
+             f"{utilisation * A100 / flops:,.0f} tokens/s, and {tokens:.3g} tokens "
+             f"{'(a step) ' * (tokens == per_step)}are {hours:,.4g} hours of one{paper}"]
+    if run.rollouts:
+        lines[1] += f"; {run.rollouts} answers an iteration"
+    if run.batch_size % dp:
+        lines.append(f"{run.batch_size} rows cannot be split over {dp} data-parallel ranks")
     elif peak <= limit:
         return "\n".join(lines + ["it fits"])
     better, gpu = advise(run, limit), ""  # the cheapest change that does
@@ -670,8 +756,8 @@ def describe(run: Run, tokens: float, limit: float, where: str) -> str:
     if better is None:
         return "\n".join(lines + ["it does not fit, nor on 4096 GPUs of 80 GiB"])
     change = (f"torchrun over {better.ranks} ranks, " if better.ranks > 1 else "") + \
-        f"--tp {better.tp} --micro-batch {better.micro_batch}" + \
-        (" --recompute" if better.recompute else "")
+        f"--tp {better.tp}" + (f" --micro-batch {better.micro_batch}" if better.micro_batch else
+                               "") + (" --recompute" if better.recompute else "")
     return "\n".join(lines + [f"it does not fit; this would{gpu}: {change} "
                               f"({better.peak() / GiB:.1f} GiB per rank)"])
 
@@ -757,46 +843,74 @@ def permuted(index: np.ndarray, count: int, seed: int, epoch: int = 0) -> np.nda
 class TokenStream:
     """Token shards on disk as one long array: len(stream), stream[a:b]; loads only what is read.
 
-    sources: folders made by `tokenise`, each with its weight in the mixture: "wiki=2.5,web" reads
-    wiki two and a half times per epoch and web once [L2 §2.1: factual sources are up-sampled].
-    .tokenizer: bytes of the SentencePiece model. ValueError if the folders' tokenizers differ.
+    pieces: (file, first, end) in tokens, one behind the other; the same may stand there twice.
     """
 
-    def __init__(self, sources: str):
-        self.parts, tokenizers = [], set()
-        for source in sources.split(","):
-            folder, _, weight = source.partition("=")
-            passes, rest = divmod(float(weight or 1), 1)
-            info = read_manifest(Path(folder))
-            tokenizers.add((Path(folder) / "tokenizer.model").read_bytes())
-            for name in info["files"]:
-                part = np.memmap(Path(folder) / name, info["dtype"], "r")
-                self.parts += [part] * int(passes) + [part[:int(len(part) * rest)]]
-        if len(tokenizers) != 1:
-            raise ValueError(f"{sources}: made with different tokenizers; tokenise all with one")
-        self.tokenizer = tokenizers.pop()
-        self.ends = np.cumsum([len(part) for part in self.parts])
-        self.length = int(self.ends[-1])
+    def __init__(self, pieces: list[tuple[Path, int, int]], dtype: str):
+        self.pieces = [piece for piece in pieces if piece[1] < piece[2]]
+        self.ends = np.cumsum([0] + [end - first for _, first, end in self.pieces])[1:]
+        self.dtype = np.dtype(dtype)
+        # Few at a time: a process may map 65,530 files, and 2e12 tokens can be more
+        self.open = functools.lru_cache(256)(lambda path: np.memmap(path, self.dtype, "r"))
 
     def __len__(self) -> int:
-        return self.length
-
-    def head(self, length: int) -> TokenStream:
-        """The first `length` tokens as a stream of their own: the rest is held out."""
-        shorter = copy.copy(self)
-        shorter.length = length
-        return shorter
+        return int(self.ends[-1]) if self.pieces else 0
 
     def __getitem__(self, span: slice) -> np.ndarray:
         start, stop, _ = span.indices(len(self))
-        first = int(np.searchsorted(self.ends, start, side="right"))
-        pieces = []
+        at, found = int(np.searchsorted(self.ends, start, side="right")), []
         while start < stop:
-            base = int(self.ends[first]) - len(self.parts[first])
-            end = min(stop, int(self.ends[first]))
-            pieces.append(self.parts[first][start - base:end - base])
-            start, first = end, first + 1
-        return np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
+            path, first, end = self.pieces[at]
+            base = int(self.ends[at]) - (end - first)  # where this piece begins in the stream
+            upto = min(stop, int(self.ends[at]))
+            found.append(self.open(path)[first + start - base:first + upto - base])
+            start, at = upto, at + 1
+        return np.concatenate(found) if found else np.empty(0, self.dtype)
+
+
+def are_shards(sources: str) -> bool:
+    """Whether --data names token shards, as `tokenise` writes them, and not text."""
+    return (Path(sources.split(",")[0].partition("=")[0]) / "shards.json").is_file()
+
+
+def read_shards(sources: str, held_out: int = 1 << 20) -> tuple[TokenStream, TokenStream, bytes]:
+    """(to train on, held out, bytes of the SentencePiece model) of a mixture of shards.
+
+    sources: folders made by `tokenise` with their weights: "wiki=2.5,web" reads wiki two and a
+    half times per epoch and web once [L2 §2.1: the most factual sources are up-sampled]. The half
+    is the first one of every shard. Held out: the end of each source, at most a tenth of it and
+    `held_out` tokens of all. ValueError: different tokenizers, a weight that is none.
+    """
+    train, val, tokenizers, types = [], [], set(), set()
+    for source in sources.split(","):
+        folder, _, weight = source.partition("=")
+        folder, info = Path(folder), read_manifest(Path(folder))
+        tokenizers.add((folder / "tokenizer.model").read_bytes())
+        types.add(info["dtype"])
+        left = sum(info["files"].values())  # tokens
+        left -= min(left // 10, held_out // (sources.count(",") + 1))
+        pieces = []
+        for name, tokens in info["files"].items():
+            pieces.append((folder / name, 0, min(tokens, left)))
+            val.append((folder / name, min(tokens, left), tokens))
+            left = max(left - tokens, 0)
+        passes, rest = divmod(_weight(source, weight), 1)
+        train += pieces * int(passes) + [(file, 0, int(end * rest)) for file, _, end in pieces]
+    if len(tokenizers) != 1:
+        raise ValueError(f"{sources}: made with different tokenizers; tokenise all with one")
+    dtype = types.pop()
+    return TokenStream(train, dtype), TokenStream(val, dtype), tokenizers.pop()
+
+
+def _weight(source: str, weight: str) -> float:
+    """The number behind "=", 1 without one; ValueError unless it is positive."""
+    try:
+        number = float(weight or 1)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise ValueError(f"--data {source}: a weight is a number above 0, as in wiki=2.5,web")
+    return number
 
 
 def read_manifest(folder: Path) -> dict:
@@ -808,6 +922,11 @@ def read_manifest(folder: Path) -> dict:
     if not info["files"]:
         raise ValueError(f"{folder} is unfinished: run the same `scale.py tokenise` again, it "
                          f"continues where it stopped")
+    for name, tokens in info["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if size != tokens * np.dtype(info["dtype"]).itemsize:
+            raise ValueError(f"{folder / name} has {size} bytes, shards.json says {tokens} tokens: "
+                             f"delete it and run the same `scale.py tokenise` again")
     return info
 
 
@@ -826,24 +945,28 @@ def tokenise(cfg: Tokenise) -> None:
     Shards are plain arrays of ids, uint16 (uint32 above 65,536 pieces): BOS text EOS BOS ...
     """
     out, workers = Path(cfg.out), cfg.workers or os.cpu_count() or 1
-    model = Path(cfg.tokenizer).read_bytes()
+    if cfg.shard_megabytes < 1 or workers < 1:
+        raise ValueError(f"--shard-megabytes {cfg.shard_megabytes} --workers {cfg.workers}: at "
+                         f"least 1 (--workers 0: one per core)")
+    model = data.Tokenizer(cfg.tokenizer).model_bytes
     vocab = data.Tokenizer(model).vocab_size
-    manifest = {"tokenizer": zlib.crc32(model), "vocab_size": vocab, "source": str(cfg.data),
+    sizes = {str(file): file.stat().st_size for file in data.find_files(cfg.data, ".txt", ".jsonl")}
+    manifest = {"tokenizer": zlib.crc32(model), "vocab_size": vocab, "source": sizes,
                 "megabytes": cfg.shard_megabytes, "dtype": "uint16" if vocab <= 2**16 else "uint32"}
-    path = out / "shards.json"
+    path, width = out / "shards.json", np.dtype(manifest["dtype"]).itemsize
     if path.exists():
         old = json.loads(path.read_text())
         if {k: old.get(k) for k in manifest} != manifest:
             raise ValueError(f"{out} holds shards of another text, tokenizer or size: choose "
                              f"another --out, or delete it")
-    write_manifest(path, {**manifest, "files": []})
+    write_manifest(path, {**manifest, "files": {}})
     M.atomic_write(out / "tokenizer.model", lambda f: f.write(model))
     names, read, began = [], 0, time.time()
     with ProcessPoolExecutor(workers, initializer=_use_tokenizer, initargs=(model,)) as pool:
         waiting = deque()
         for number, texts in enumerate(_pieces(data.read_texts(cfg.data), cfg.shard_megabytes)):
             names.append(f"{number:08d}.bin")
-            read += sum(map(len, texts))
+            read += sum(len(text.encode()) for text in texts)
             if not (out / names[-1]).exists():
                 waiting.append(pool.submit(_write_shard, out / names[-1], texts))
             if len(waiting) >= 2 * workers:  # bounded: the corpus is never in memory as a whole
@@ -851,10 +974,12 @@ def tokenise(cfg: Tokenise) -> None:
                 print(f"{read / 1e6:,.0f} MB read, {read / 1e6 / (time.time() - began):.1f} MB/s")
         for shard in waiting:
             shard.result()
-    write_manifest(path, {**manifest, "files": names})
-    tokens = len(TokenStream(str(out)))
-    print(f"{out}: {tokens:,} tokens in {len(names)} shards, {read / tokens:.2f} characters per "
-          f"token, {time.time() - began:.0f} s")
+    files = {name: (out / name).stat().st_size // width for name in names}
+    write_manifest(path, {**manifest, "files": files})
+    tokens, seconds = sum(files.values()), time.time() - began
+    print(f"{out}: {tokens:,} tokens in {len(names)} shards, {read / max(tokens, 1):.2f} bytes per "
+          f"token; {read / 1e6:,.1f} MB in {seconds:.1f} s, {read / 1e6 / seconds:.1f} MB/s with "
+          f"{workers} workers")
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
@@ -901,17 +1026,27 @@ class Plan:
     recompute: bool = False  # recompute activations in the backward pass
     gpu_memory: float = 80  # GiB; paper: A100-80GB (§2.2.1)
     tokens: float = PAPER_TOKENS  # of the whole training; paper: 2e12 (Table 1)
+    utilisation: float = 0.45  # of the chip's peak; paper: .38 to .46, see `table`
 
     def run(self) -> Run:
         c = M.preset(self.model)
         c = replace(c, n_layers=self.layers or c.n_layers)
+        least = {"ranks": 1, "tp": 1, "batch_size": 1, "micro_batch": 1, "gpu_memory": 1e-9,
+                 "tokens": 1, "utilisation": 1e-9, "layers": 0, "seq_len": 0}
+        for name, low in least.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least "
+                                 f"{low}")
+        if self.ranks % self.tp or c.n_kv_heads % self.tp:
+            raise ValueError(f"--tp {self.tp} must divide --ranks {self.ranks} and the model's "
+                             f"{c.n_kv_heads} kv heads")
         return Run(c, self.batch_size, self.seq_len or c.max_seq_len, self.micro_batch, self.ranks,
                    self.tp, self.recompute)
 
 
 def plan(cfg: Plan) -> None:
     """Memory, hours and advice for one configuration."""
-    print(describe(cfg.run(), cfg.tokens, cfg.gpu_memory * GiB, "a GPU"))
+    print(describe(cfg.run(), cfg.tokens, cfg.gpu_memory * GiB, "a GPU", cfg.utilisation))
 
 
 def run_simulation(cfg: Plan) -> None:

@@ -36,6 +36,7 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # model to start from; none: OUT/pretrain.pt
     data: str | None = None  # .jsonl of dialogues; none: demonstrations of the tiny world
     out: str = "out"  # folder of checkpoints, metrics and figures
@@ -62,6 +63,9 @@ class Config:
     kernels: Literal["auto", "c", "torch"] = "auto"  # fused C on the CPU where it compiles
     dry_run: bool = False  # print what the run would need, allocate nothing
 
+
+# From 7b on these take the place of the defaults above [L2 §3.1].
+PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096}
 
 # ------------------------------------------------------------------------------------ the idea
 
@@ -165,20 +169,20 @@ def batch_at(step: int, rows, cfg: Config, world):
 
 @torch.no_grad()
 def held_out_loss(model, rows, cfg: Config, device) -> float:
-    """Nats per answer token on dialogues that are not trained on."""
-    total = count = 0.0
-    for tokens, mask, segments in zip(*(column.split(cfg.micro_batch) for column in rows)):
+    """Nats per answer token on dialogues that are not trained on; ranks share the work."""
+    total, count, world = 0.0, rows[1].sum().item(), scale.world_of(model)
+    mine = [column[world.dp_rank::world.dp].split(cfg.micro_batch) for column in rows]
+    for tokens, mask, segments in zip(*mine):
         with M.autocast(device):
             batch = tokens.to(device), mask.to(device), segments.to(device)
             total += answer_loss(model, *batch).item()
-        count += mask.sum().item()
-    return total / count
+    return scale.all_sum(total, world) / count
 
 
 def answers_to(model, tokenizer, dialogs: list, temperature: float, seed=0, max_new_tokens=80):
     """(texts, share that ended with EOS): one answer to each open dialogue."""
     prompts = [data.encode_dialog(tokenizer, messages)[0] for messages in dialogs]
-    tokens, _ = kernels.rollout(model, prompts, max_new_tokens, temperature=temperature,
+    tokens, _ = scale.rollout(model, prompts, max_new_tokens, temperature=temperature,
                                 seed=seed, stop=tokenizer.eos_id)
     ended = sum(row[-1] == tokenizer.eos_id for row in tokens) / len(tokens)
     return [tokenizer.decode(row).strip() for row in tokens], ended
@@ -215,14 +219,17 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
 def main(cfg: Config) -> dict:
     """Fine-tune, evaluate, save; returns the final metrics. ValueError for wrong flags."""
     began, out = time.time(), Path(cfg.out)
-    model, info = M.load(cfg.checkpoint or out / "pretrain.pt", "cpu")
-    tokenizer, config = data.Tokenizer(info["tokenizer"]), model.config
+    source = cfg.checkpoint or out / "pretrain.pt"
+    config = scale.shape_of(source, cfg.model, cfg.dry_run)
+    cfg = M.at_size(cfg, PAPER, config.dim)
     if not 1 < cfg.seq_len <= config.max_seq_len:
         raise ValueError(f"--seq-len {cfg.seq_len}: this model's context is {config.max_seq_len}")
     if cfg.dry_run:
-        print(scale.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute,
-                            cfg.tp, device=cfg.device))
+        scale.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                      device=cfg.device)
         return {}
+    model, info = M.load(source, "cpu")
+    tokenizer = data.Tokenizer(info["tokenizer"])
     train, held_out = read_demonstrations(cfg, tokenizer)
     rows, val_rows = pack_epochs(train, cfg), pack(held_out, cfg.seq_len + 1)
     if cfg.show_batch:
@@ -269,6 +276,9 @@ def main(cfg: Config) -> dict:
     if not cfg.data:
         annotator = data.Annotator(data.World())
         answer = functools.partial(answers_to, model, tokenizer)
+        final["demonstrations"] = own = data.World().demonstrated()
+        print(f"demonstrations' own answers: helpfulness {own['gold_helpfulness']:.3f}  violations "
+              f"{own['violations']:.1%}  false refusals {own['false_refusals']:.1%}")
         with scale.unsharded(model, world):
             final |= annotator.examine(answer, cfg.eval_prompts)
     weights = scale.full_weights(model, world)

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import native
+from kernels.build import PRODUCTS, fastest_products
 from model import check_prompts, logprobs
 from model import rollout as torch_rollout
 
@@ -46,14 +47,20 @@ LOGITS_AT_ONCE = 1 << 24  # numbers of the (n, V) logits that the PyTorch path k
 _path = {"kind": "torch", "told": set()}  # written by `choose`, read by the functions below
 
 
-def choose(kind: str = "auto", device: torch.device | str = "cpu") -> str:
+def choose(kind: str = "auto", device: torch.device | str = "cpu",
+           products: str | None = None) -> str:
     """Pick the path for the whole process; returns one line saying which and why.
 
     kind: auto (C where it can run), c (ValueError where it cannot), torch. Until it is called,
-    everything runs in PyTorch.
+    everything runs in PyTorch. products: what the matrix products in C multiply, float32 or
+    bfloat16; auto is bfloat16 where the processor has an instruction for it. None reads
+    LLAMA_PRODUCTS from the environment. Sums, weights, gradients and results are always float32.
     """
     if kind not in ("auto", "c", "torch"):
         raise ValueError(f"--kernels {kind!r}: choose auto, c or torch")
+    products = products or os.environ.get("LLAMA_PRODUCTS") or "auto"
+    if products not in ("auto", *PRODUCTS):
+        raise ValueError(f"LLAMA_PRODUCTS={products}: choose auto, {' or '.join(PRODUCTS)}")
     _path.update(kind="torch", told=set())
     why = None
     if kind == "torch":
@@ -64,22 +71,23 @@ def choose(kind: str = "auto", device: torch.device | str = "cpu") -> str:
         why = "under torchrun every path is PyTorch's"
     else:
         try:
-            lib = native.load_library()
+            lib = native.use(fastest_products() if products == "auto" else products)
         except OSError as e:
             why = str(e)
     if why is None:
         _path["kind"] = "c"
-        return f"kernels: C ({lib.isa().decode()}, float32, {torch.get_num_threads()} threads)"
+        return (f"kernels: C ({lib.isa().decode()}, {lib.products().decode()} products, "
+                f"{torch.get_num_threads()} threads)")
     if kind == "c":
         raise ValueError(f"--kernels c is not possible: {why}; --kernels auto falls back")
     return f"kernels: PyTorch ({why})"
 
 
-def _use_c(*tensors: Tensor) -> bool:
+def _use_c(weights, *activations: Tensor) -> bool:
     """Whether this call goes to C; says once why not when C was chosen but cannot be used."""
     if _path["kind"] != "c":
         return False
-    why = native.unfit(*tensors)
+    why = native.unfit(weights, *activations)
     if why and why not in _path["told"]:
         _path["told"].add(why)
         print(f"kernels: PyTorch for some calls ({why}; C takes float32 on the CPU)", flush=True)
@@ -94,7 +102,7 @@ def trunk(model, tokens: Tensor, lengths: Tensor | None = None,
     segments: int64 (B, T), a token sees only its own segment (packed documents).
     """
     fits = tokens.shape[1] <= model.config.max_seq_len  # if not, model.hidden says so
-    if fits and tokens.numel() and _use_c(*model.parameters()):
+    if fits and tokens.numel() and _use_c(model.parameters()):
         return native.trunk(model, tokens, lengths, segments)
     hidden = model.hidden(tokens, segments=segments)
     if lengths is None:
@@ -114,7 +122,7 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, targets: Tensor, mask:
     if hasattr(output_weight, "full_tensor"):  # split over tensor-parallel ranks: gather it
         output_weight = output_weight.full_tensor()
     chosen = mask.bool()
-    if _use_c(output_weight, hidden) and chosen.any():
+    if _use_c([output_weight], hidden) and chosen.any():
         return native.token_logprobs(hidden, output_weight, targets, chosen, temperature)
     out = hidden.new_zeros(chosen.shape, dtype=torch.float32)
     if not chosen.any():
@@ -142,7 +150,7 @@ def rollout(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p
 
     Same contract and same random numbers as `model.rollout`, which is the PyTorch path.
     """
-    if not model.config.scalar_head and _use_c(*model.parameters()):
+    if not model.config.scalar_head and _use_c(model.parameters()):
         check_prompts(prompts, model.config)
         return native.rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop,
                               row_ids)

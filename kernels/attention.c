@@ -16,12 +16,12 @@
 #include "kernels.h"
 
 /* Fill the cache from qkv (T, D + 2 KV hd), rotated already. */
-void fill_keys(const Shape *s, long T, const float *qkv, const Keys *c) {
+void fill_keys(const Shape *s, long T, const num *qkv, const Keys *c) {
     long hd = head_dim(s), E = qkv_dim(s);
     for (long j = 0; j < s->n_kv_heads; j++) {
-        const float *k = qkv + s->dim + j * hd, *v = k + s->n_kv_heads * hd;
-        pack_transposed(hd, T, k, E, keys_of(s, c, j), hd * NR);
-        pack(T, hd, v, E, values_of(s, c, j), c->room * NR);
+        const num *k = qkv + s->dim + j * hd, *v = k + s->n_kv_heads * hd;
+        pack_transposed(hd, T, k, E, keys_of(s, c, j), deep(hd) * NR);
+        pack(T, hd, v, E, values_of(s, c, j), deep(c->room) * NR);
     }
 }
 
@@ -74,39 +74,47 @@ ALONE void divide_rows(long n, long hd, float *out, long ld, const float *sums) 
 }
 
 /* out (T, D) from the queries in qkv (T, D + 2 KV hd) and the cache; log_sum (H, T) for backward;
- * z: BLOCK * scores_width(T) floats of scratch. */
-void attention(const Shape *s, long T, const float *qkv, const Keys *c, const int64_t *segments,
-               float *out, float *log_sum, float *z) {
-    long hd = head_dim(s), E = qkv_dim(s), group = s->n_heads / s->n_kv_heads;
-    long ld = scores_width(T);
+ * z: scores_size(T) floats of scratch. */
+void attention(const Shape *s, long T, const num *qkv, const Keys *c, const int64_t *segments,
+               num *out, float *log_sum, float *z) {
+    long hd = head_dim(s), E = qkv_dim(s), D = s->dim, group = s->n_heads / s->n_kv_heads;
+    long ld = scores_width(T), ldo = PAIR == 1 ? D : hd;
+    num *p = PAIR == 1 ? (num *)z : (num *)(z + BLOCK * ld);
+    float *head = z + BLOCK * 2 * ld;
     float scale = 1.0f / sqrtf((float)hd);
     for (long t0 = 0; t0 < T; t0 += BLOCK) {
         long n = at_most(BLOCK, T - t0);
         Span span = span_of(t0, t0 + n, segments);
         long m = span.to - span.from;
         for (long h = 0; h < s->n_heads; h++) {
-            const float *k_t = keys_of(s, c, h / group) + span.from * hd;
-            const float *v = values_of(s, c, h / group) + span.from * NR;
-            gemm(n, m, hd, rows_of(qkv + t0 * E + h * hd, E), k_t, hd * NR, z, ld, NULL, 0);
-            float *to = out + t0 * s->dim + h * hd, sums[BLOCK];
+            const word *k_t = keys_of(s, c, h / group) + span.from * hd / PAIR;
+            const word *v = values_of(s, c, h / group) + span.from / PAIR * NR;
+            /* whole panels of keys: what lies beyond m is not looked at */
+            gemm(n, round_up(m, NR), hd, rows_of(qkv + t0 * E + h * hd, E), k_t, deep(hd) * NR, z,
+                 ld, NULL, 0);
+            float sums[BLOCK];
             exp_rows(n, z, ld, t0, span, scale, sums, log_sum + h * T + t0);
-            gemm(n, hd, m, rows_of(z, ld), v, c->room * NR, to, s->dim, NULL, 0);
-            divide_rows(n, hd, to, s->dim, sums);
+            narrow(n, m, z, ld, p, ld);
+            float *to = wide(out + t0 * D + h * hd, head);
+            gemm(n, hd, m, rows_of(p, ld), v, deep(c->room) * NR, to, ldo, NULL, 0);
+            divide_rows(n, hd, to, ldo, sums);
+            narrow(n, hd, to, ldo, out + t0 * D + h * hd, D);
         }
     }
 }
 
 /* p = softmax again, and dz = gradient of the scores, both (n, m; ld) and in place: z holds q k^T,
- * dz holds dP. out, d_out: this head's columns at query t0, rows D apart. */
+ * dz holds dP. out, d_out: this head's columns at query t0, rows D apart. delta comes from the same
+ * factors as dP, so that what cancels in exact arithmetic (a single key: dZ = 0) cancels here. */
 static ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0, Span span,
-                                   float scale, const float *log_sum, const float *out,
-                                   const float *d_out, long D, long hd) {
+                                   float scale, const float *log_sum, const num *out,
+                                   const num *d_out, long D, long hd) {
     long m = span.to - span.from;
     for (long r = 0; r < n; r++, z += ld, dz += ld, out += D, d_out += D) {
         hide(z, t0 + r, span);
         float delta = 0;
 #pragma omp simd reduction(+ : delta)
-        for (long i = 0; i < hd; i++) delta += d_out[i] * out[i];
+        for (long i = 0; i < hd; i++) delta += widen(d_out[i]) * widen(out[i]);
 #pragma omp simd
         for (long s = 0; s < m; s++) {
             z[s] = exp_fast(scale * z[s] - log_sum[r]);
@@ -117,15 +125,19 @@ static ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0
 
 /* dqkv (T, D + 2 KV hd) from d_out (T, D), with the qkv, out and log_sum of the forward pass. The
  * keys and values of a group of heads are shared, so their gradients add up over its heads. */
-void attention_backward(const Shape *s, long T, const float *qkv, const Keys *c,
-                        const int64_t *segments, const float *out, const float *log_sum,
+void attention_backward(const Shape *s, long T, const num *qkv, const Keys *c,
+                        const int64_t *segments, const num *out, const float *log_sum,
                         const float *d_out, float *dqkv, AttentionScratch x) {
-    long hd = head_dim(s), E = qkv_dim(s), D = s->dim, KV = s->n_kv_heads;
+    long hd = head_dim(s), E = qkv_dim(s), D = s->dim, KV = s->n_kv_heads, deep_hd = deep(hd);
     long group = s->n_heads / KV, ld = scores_width(T), hd_up = round_up(hd, NR);
+    long room = deep(c->room);
     float scale = 1.0f / sqrtf((float)hd);
+    const num *d_out_num = narrowed(T, D, d_out, x.d_out_num);
+    num *p = PAIR == 1 ? (num *)x.z : x.p_num, *dz = PAIR == 1 ? (num *)x.dz : x.dz_num;
     for (long j = 0; j < KV; j++) {
-        pack(T, hd, qkv + D + j * hd, E, x.k + j * c->room * hd_up, c->room * NR);
-        pack_transposed(hd, T, qkv + D + (KV + j) * hd, E, x.v_t + j * c->room * hd, hd * NR);
+        pack(T, hd, qkv + D + j * hd, E, x.k + j * room * hd_up, room * NR);
+        pack_transposed(hd, T, qkv + D + (KV + j) * hd, E, x.v_t + j * c->room * deep_hd,
+                        deep_hd * NR);
     }
     for (long t = 0; t < T; t++) memset(dqkv + t * E + D, 0, (size_t)(E - D) * sizeof(float));
     for (long t0 = 0; t0 < T; t0 += BLOCK) {
@@ -134,25 +146,26 @@ void attention_backward(const Shape *s, long T, const float *qkv, const Keys *c,
         long m = span.to - span.from;
         for (long h = 0; h < s->n_heads; h++) {
             long j = h / group, at = t0 * D + h * hd;
-            const float *q = qkv + t0 * E + h * hd;
+            const num *q = qkv + t0 * E + h * hd;
             float *dk = dqkv + span.from * E + D + j * hd, *dv = dk + KV * hd;
             /* 1) scores, and dP = dO V^T */
-            gemm(n, m, hd, rows_of(q, E), keys_of(s, c, j) + span.from * hd, hd * NR, x.z, ld,
-                 NULL, 0);
-            gemm(n, m, hd, rows_of(d_out + at, D), x.v_t + (j * c->room + span.from) * hd,
-                 hd * NR, x.dz, ld, NULL, 0);
+            gemm(n, round_up(m, NR), hd, rows_of(q, E), keys_of(s, c, j) + span.from * deep_hd,
+                 deep_hd * NR, x.z, ld, NULL, 0);
+            gemm(n, round_up(m, NR), hd, rows_of(d_out_num + at, D),
+                 x.v_t + (j * c->room + span.from) * deep_hd, deep_hd * NR, x.dz, ld, NULL, 0);
             /* 2) P and dZ */
             softmax_backward(n, x.z, x.dz, ld, t0, span, scale, log_sum + h * T + t0, out + at,
-                             d_out + at, D, hd);
+                             d_out_num + at, D, hd);
+            narrow(n, m, x.z, ld, p, ld);
+            narrow(n, m, x.dz, ld, dz, ld);
             /* 3) dQ = dZ K */
-            gemm(n, hd, m, rows_of(x.dz, ld), x.k + j * c->room * hd_up + span.from * NR,
-                 c->room * NR, dqkv + t0 * E + h * hd, E, NULL, 0);
+            gemm(n, hd, m, rows_of(dz, ld), x.k + j * room * hd_up + span.from / PAIR * NR,
+                 room * NR, dqkv + t0 * E + h * hd, E, NULL, 0);
             /* 4) dK += dZ^T Q, dV += P^T dO */
-            pack(n, hd, q, E, x.q, n * NR);
-            pack(n, hd, d_out + at, D, x.d_out, n * NR);
-            gemm(m, hd, n, columns_of(x.dz, ld), x.q, n * NR, dk, E, dk, E);
-            gemm(m, hd, n, columns_of(x.z, ld), x.d_out, n * NR, dv, E, dv, E);
+            pack(n, hd, q, E, x.q, deep(n) * NR);
+            pack(n, hd, d_out_num + at, D, x.d_out, deep(n) * NR);
+            gemm(m, hd, n, columns(n, m, dz, ld, x.dz_t), x.q, deep(n) * NR, dk, E, dk, E);
+            gemm(m, hd, n, columns(n, m, p, ld, x.p_t), x.d_out, deep(n) * NR, dv, E, dv, E);
         }
     }
 }
-

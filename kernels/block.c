@@ -2,15 +2,18 @@
  *
  *     mid = x + wo attention(rope(w_qkv norm(x)));   next = mid + w_down swiglu(w_gu norm(mid))
  *
- * Kept for backward, in floats per token: 3 D + (D + 2 KV hd) + 2 F + H + 2. What is cheap is done
- * again instead of kept: both normalised inputs, the product in SwiGLU, the probabilities.
+ * Kept for backward per token: 2 D + H + 2 floats and D + (D + 2 KV hd) + 2 F factors of products.
+ * What is cheap is done again instead of kept: both normalised inputs, the product in SwiGLU, the
+ * probabilities. A result that becomes a factor is float first (`wide`), then a factor (`narrow`);
+ * where factors are float32 both are one array and nothing is copied (gemm.c).
  */
 #include "kernels.h"
 
 /* --------------------------------------------------------------------- what backward needs */
 
 long saved_per_layer(const Shape *s, long T) {
-    return T * (3 * s->dim + qkv_dim(s) + 2 * s->hidden_dim + s->n_heads + 2);
+    long factors = qkv_dim(s) + s->dim + 2 * s->hidden_dim;
+    return T * (2 * s->dim + factors / PAIR + s->n_heads + 2);
 }
 
 /* Floats kept per sequence of T tokens: all layers, then x and its scale before the final norm. */
@@ -23,49 +26,73 @@ Saved saved_at(const Shape *s, long T, float *base, long l) {
     Saved a;
     a.x = base + l * saved_per_layer(s, T);
     a.scale = a.x + T * D;
-    a.qkv = a.scale + T;
-    a.out = a.qkv + T * qkv_dim(s);
-    a.log_sum = a.out + T * D;
+    a.log_sum = a.scale + T;
     a.mid = a.log_sum + T * s->n_heads;
     a.mid_scale = a.mid + T * D;
-    a.gu = a.mid_scale + T;
+    a.qkv = (num *)(a.mid_scale + T);
+    a.out = a.qkv + T * qkv_dim(s);
+    a.gu = a.out + T * D;
     return a;
 }
 
 /* ------------------------------------------------------------------------------- forward */
 
+/* The widest of a block's products per token: q, k, v or gates and ups. */
+static long widest(const Shape *s) {
+    long E = qkv_dim(s), F = s->hidden_dim;
+    return E > 2 * F ? E : 2 * F;
+}
+
 Forward forward_buffers(const Shape *s, long T, Pool *pool) {
     Forward f;
-    long room = round_up(T, NR);
-    f.n = grab(pool, T * s->dim);
-    f.act = grab(pool, T * s->hidden_dim);
-    f.z = grab(pool, BLOCK * scores_width(T));
-    f.keys = (Keys){grab(pool, keys_size(s, room)), grab(pool, keys_size(s, room)), room};
+    long room = round_up(T, NR), rows = at_most(CHUNK, T);
+    f.n = (num *)grab(pool, rows * s->dim);
+    f.act = (num *)grab(pool, rows * even(s->hidden_dim));
+    f.wide = grab(pool, PAIR == 1 ? 0 : rows * widest(s));
+    f.act_wide = grab(pool, PAIR == 1 ? 0 : rows * s->hidden_dim);
+    f.z = grab(pool, scores_size(s, T));
+    f.keys = (Keys){grab_words(pool, keys_size(s, room)), grab_words(pool, keys_size(s, room)),
+                    room};
     return f;
 }
 
 /* The first part of a block: a.x (T, D) -> a.qkv, and keys and values in f->keys. */
 void block_keys(const Shape *s, long T, const Layer *w, const Packed *p, const float *cos,
                 const float *sin, const Forward *f, Saved a) {
-    long D = s->dim, E = qkv_dim(s);
-    rmsnorm(T, D, a.x, w->attention_norm, s->norm_eps, f->n, a.scale);
-    gemm(T, E, D, rows_of(f->n, D), p->qkv, D * NR, a.qkv, E, NULL, 0);
-    rope(s, T, a.qkv, cos, sin, 1);
+    long D = s->dim, E = qkv_dim(s), half = head_dim(s) / 2;
+    for (long t = 0; t < T; t += CHUNK) {
+        long n = at_most(CHUNK, T - t);
+        float *normed = wide(f->n, f->wide), *qkv = wide(a.qkv + t * E, f->wide);
+        rmsnorm(n, D, a.x + t * D, w->attention_norm, s->norm_eps, normed, a.scale + t);
+        narrow(n, D, normed, D, f->n, D);
+        gemm(n, E, D, rows_of(f->n, D), p->qkv, deep(D) * NR, qkv, E, NULL, 0);
+        rope(s, n, qkv, cos + t * half, sin + t * half, 1);
+        narrow(n, E, qkv, E, a.qkv + t * E, E);
+    }
     fill_keys(s, T, a.qkv, &f->keys);
 }
 
-/* One block over one sequence: a.x (T, D) -> next (T, D), filling a. next may be a.x. */
+/* One block over one sequence: a.x (T, D) -> next (T, D), filling a. next may be a.x. CHUNK tokens
+ * at a time, so that what a product writes is still in the core's cache when the next reads it. */
 void block_forward(const Shape *s, long T, const Layer *w, const Packed *p, const float *cos,
                    const float *sin, const int64_t *segments, const Forward *f, Saved a,
                    float *next) {
     long D = s->dim, F = s->hidden_dim;
     block_keys(s, T, w, p, cos, sin, f, a);
     attention(s, T, a.qkv, &f->keys, segments, a.out, a.log_sum, f->z);
-    gemm(T, D, D, rows_of(a.out, D), p->o, D * NR, a.mid, D, a.x, D); /* mid = x + wo out */
-    rmsnorm(T, D, a.mid, w->ffn_norm, s->norm_eps, f->n, a.mid_scale);
-    gemm(T, 2 * F, D, rows_of(f->n, D), p->gu, D * NR, a.gu, 2 * F, NULL, 0);
-    swiglu(T, F, a.gu, f->act);
-    gemm(T, D, F, rows_of(f->act, F), p->down, F * NR, next, D, a.mid, D);
+    for (long t = 0; t < T; t += CHUNK) {
+        long n = at_most(CHUNK, T - t);
+        float *mid = a.mid + t * D, *normed = wide(f->n, f->wide);
+        float *gu = wide(a.gu + t * 2 * F, f->wide), *act = wide(f->act, f->act_wide);
+        gemm(n, D, D, rows_of(a.out + t * D, D), p->o, deep(D) * NR, mid, D, a.x + t * D, D);
+        rmsnorm(n, D, mid, w->ffn_norm, s->norm_eps, normed, a.mid_scale + t);
+        narrow(n, D, normed, D, f->n, D);
+        gemm(n, 2 * F, D, rows_of(f->n, D), p->gu, deep(D) * NR, gu, 2 * F, NULL, 0);
+        swiglu(n, F, gu, act);
+        narrow(n, 2 * F, gu, 2 * F, a.gu + t * 2 * F, 2 * F);
+        narrow(n, F, act, F, f->act, even(F));
+        gemm(n, D, F, rows_of(f->act, even(F)), p->down, deep(F) * NR, next + t * D, D, mid, D);
+    }
 }
 
 /* ------------------------------------------------------------------------------ backward */
@@ -88,28 +115,54 @@ Gradients gradients_at(const Shape *s, float *flat, long l) {
 
 Backward backward_buffers(const Shape *s, long T, Pool *pool) {
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim, room = round_up(T, NR);
-    long widest = E > 2 * F ? E : 2 * F, keys = keys_size(s, room);
+    long keys = keys_size(s, room), scores = BLOCK * scores_width(T), both = PAIR == 1 ? 0 : 1;
     Backward w;
-    w.dx = grab(pool, T * D), w.n = grab(pool, T * D), w.dn = grab(pool, T * D);
-    w.act = grab(pool, T * F), w.d_act = grab(pool, T * F), w.dgu = grab(pool, 2 * T * F);
+    w.dx = grab(pool, T * D), w.dn = grab(pool, T * D);
+    w.d_act = grab(pool, T * even(F)), w.gu = grab(pool, both * 2 * T * F);
     w.d_out = grab(pool, T * D), w.dqkv = grab(pool, T * E);
-    w.left = grab(pool, T * round_up(widest, MR));
-    w.right = grab(pool, panels(T, D > F ? D : F));
-    w.keys = (Keys){grab(pool, keys), grab(pool, keys), room};
-    w.scratch.z = grab(pool, BLOCK * scores_width(T));
-    w.scratch.dz = grab(pool, BLOCK * scores_width(T));
-    w.scratch.q = grab(pool, panels(BLOCK, head_dim(s)));
-    w.scratch.d_out = grab(pool, panels(BLOCK, head_dim(s)));
-    w.scratch.k = grab(pool, keys), w.scratch.v_t = grab(pool, keys);
+    w.n = (num *)grab(pool, T * D), w.act = (num *)grab(pool, both * T * even(F));
+    w.dy = (num *)grab(pool, both * T * widest(s)), w.wide = grab(pool, both * T * D);
+    w.left = grab_words(pool, round_up(widest(s), MR) * deep(T));
+    w.right = grab_words(pool, panels(T, D > F ? D : F));
+    w.keys = (Keys){grab_words(pool, keys), grab_words(pool, keys), room};
+    w.scratch.z = grab(pool, scores), w.scratch.dz = grab(pool, scores);
+    w.scratch.p_num = (num *)grab(pool, both * scores);
+    w.scratch.dz_num = (num *)grab(pool, both * scores);
+    w.scratch.p_t = grab_words(pool, both * scores);
+    w.scratch.dz_t = grab_words(pool, both * scores);
+    w.scratch.d_out_num = (num *)grab(pool, both * T * D);
+    w.scratch.q = grab_words(pool, panels(BLOCK, head_dim(s)));
+    w.scratch.d_out = grab_words(pool, panels(BLOCK, head_dim(s)));
+    w.scratch.k = grab_words(pool, keys), w.scratch.v_t = grab_words(pool, keys);
     return w;
 }
 
-/* dw (N, K) += dy^T x: the gradient of w in y = x w^T, from dy (T, N) and x (T, K). */
-static void weight_gradient(long T, long N, long K, const float *dy, const float *x,
+/* dw (N, K) += dy^T x: the gradient of w in y = x w^T, from dy (T, N) and x (T, K; ldx). */
+static void weight_gradient(long T, long N, long K, const num *dy, const num *x, long ldx,
                             const Backward *w, float *dw) {
     pack_left(T, N, dy, N, w->left);
-    pack(T, K, x, K, w->right, T * NR);
-    gemm(N, K, T, packed_columns(w->left, T), w->right, T * NR, dw, K, dw, K);
+    pack(T, K, x, ldx, w->right, deep(T) * NR);
+    gemm(N, K, T, packed_columns(w->left, T), w->right, deep(T) * NR, dw, K, dw, K);
+}
+
+/* The normalised input again, as a factor: w->n (T, D). */
+static void norm_again(long T, long D, const float *x, const float *weight, const float *scale,
+                       const Backward *w) {
+    float *n = wide(w->n, w->wide);
+    rmsnorm_again(T, D, x, weight, scale, n);
+    narrow(T, D, n, D, w->n, D);
+}
+
+/* What was saved as a factor, as floats again: x (n) itself in float32. */
+static float *widened(long n, num *x, float *room) {
+#if PAIR == 1
+    (void)n, (void)room;
+    return x;
+#else
+#pragma omp simd
+    for (long i = 0; i < n; i++) room[i] = widen(x[i]);
+    return room;
+#endif
 }
 
 /* One block over one sequence: w->dx (T, D) holds the gradient of the block's output and leaves as
@@ -118,24 +171,29 @@ void block_backward(const Shape *s, long T, const Layer *l, const Packed *p, con
                     const float *sin, const int64_t *segments, Saved a, const Backward *w,
                     Gradients g) {
     long D = s->dim, E = qkv_dim(s), F = s->hidden_dim;
-    /* next = mid + w_down swiglu(w_gu norm(mid)) */
-    gemm(T, F, D, rows_of(w->dx, D), p->down, D * NR, w->d_act, F, NULL, 0);
-    swiglu_backward(T, F, a.gu, w->d_act, w->act, w->dgu);
-    weight_gradient(T, D, F, w->dx, w->act, w, g.down);
-    rmsnorm_again(T, D, a.mid, l->ffn_norm, a.mid_scale, w->n);
-    weight_gradient(T, 2 * F, D, w->dgu, w->n, w, g.gu);
-    gemm(T, D, 2 * F, rows_of(w->dgu, 2 * F), p->gu, 2 * F * NR, w->dn, D, NULL, 0);
+    /* next = mid + w_down swiglu(w_gu norm(mid)); act comes to stand where d_act stood, dgu where
+     * gu did */
+    const num *dy = narrowed(T, D, w->dx, w->dy);
+    gemm(T, F, D, rows_of(dy, D), p->down, deep(D) * NR, w->d_act, F, NULL, 0);
+    float *gu = widened(2 * T * F, a.gu, w->gu);
+    swiglu_backward(T, F, gu, w->d_act, w->d_act, gu);
+    weight_gradient(T, D, F, dy, narrowed(T, F, w->d_act, w->act), even(F), w, g.down);
+    norm_again(T, D, a.mid, l->ffn_norm, a.mid_scale, w);
+    dy = narrowed(T, 2 * F, gu, w->dy);
+    weight_gradient(T, 2 * F, D, dy, w->n, D, w, g.gu);
+    gemm(T, D, 2 * F, rows_of(dy, 2 * F), p->gu, deep(2 * F) * NR, w->dn, D, NULL, 0);
     rmsnorm_backward(T, D, a.mid, l->ffn_norm, a.mid_scale, w->dn, w->dx, g.ffn_norm);
     /* mid = x + wo attention(rope(w_qkv norm(x))) */
-    gemm(T, D, D, rows_of(w->dx, D), p->o, D * NR, w->d_out, D, NULL, 0);
-    weight_gradient(T, D, D, w->dx, a.out, w, g.o);
+    dy = narrowed(T, D, w->dx, w->dy);
+    gemm(T, D, D, rows_of(dy, D), p->o, deep(D) * NR, w->d_out, D, NULL, 0);
+    weight_gradient(T, D, D, dy, a.out, D, w, g.o);
     fill_keys(s, T, a.qkv, &w->keys);
     attention_backward(s, T, a.qkv, &w->keys, segments, a.out, a.log_sum, w->d_out, w->dqkv,
                        w->scratch);
     rope(s, T, w->dqkv, cos, sin, -1);
-    rmsnorm_again(T, D, a.x, l->attention_norm, a.scale, w->n);
-    weight_gradient(T, E, D, w->dqkv, w->n, w, g.qkv);
-    gemm(T, D, E, rows_of(w->dqkv, E), p->qkv, E * NR, w->dn, D, NULL, 0);
+    norm_again(T, D, a.x, l->attention_norm, a.scale, w);
+    dy = narrowed(T, E, w->dqkv, w->dy);
+    weight_gradient(T, E, D, dy, w->n, D, w, g.qkv);
+    gemm(T, D, E, rows_of(dy, E), p->qkv, deep(E) * NR, w->dn, D, NULL, 0);
     rmsnorm_backward(T, D, a.x, l->attention_norm, a.scale, w->dn, w->dx, g.attention_norm);
 }
-

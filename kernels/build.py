@@ -1,9 +1,10 @@
 """Compile the C files of this folder with the machine's own compiler, once, and load them.
 
-The library is kept in the user's cache folder under a name made of the sources, the flags and what
-the compiler says of this processor, so that any change makes a new one. It is written under a
-temporary name, tried out in a process of its own and only then renamed: two processes that compile
-at once do no harm, and a library that crashes is never loaded here.
+The same sources make two libraries: one whose matrix products multiply float32 numbers, and one
+with -DBFLOAT16 (machine.h). A library is kept in the user's cache folder under a name made of the
+sources, the flags and what the compiler says of this processor, so that any change makes a new one.
+It is written under a temporary name, tried out in a process of its own and only then renamed: two
+processes that compile at once do no harm, and a library that crashes is never loaded here.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("gemm.c", "layer.c", "attention.c", "weights.c", "block.c", "trunk.c", "head.c",
-           "rollout.c", "decode.c")
+           "rollout.c", "decode.c", "bench.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-fopenmp-simd",  # simd pragmas only: no OpenMP threads
          "-fvisibility=hidden", "-pthread")
+PRODUCTS = {"float32": (), "bfloat16": ("-DBFLOAT16",)}  # flags of each library
+FLOAT32_ONLY = ("decode.c", "bench.c")  # files that are not compiled for bfloat16
 TARGETS = (("-march=native",), ("-mcpu=native",), ())  # the first that this compiler knows
 TIMEOUT = 120  # s, for a compiler that hangs
 
@@ -33,13 +36,14 @@ class Shape(ctypes.Structure):
 SIGNATURES = {
     "trunk_forward": "piippppppppn",
     "trunk_backward": "piipppppppppn",
-    "head_forward": "iiippppfppn",
-    "head_backward": "iiippppfppppn",
+    "head_forward": "iiippppfpppn",
+    "head_backward": "iiippppfpppppn",
     "rollout": "ppppiiipppffiipppn",
     "quantise": "pipn",
     "generate": "piipifffiippn",
     "self_test": "",
 }
+SIZES = {"saved_size": "pi", "kept_size": "ii", "packed_bytes": "iii", "cache_numbers": "pi"}
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float, "n": ctypes.c_int}
 
 
@@ -55,6 +59,11 @@ def _run(command: list[str], **options) -> subprocess.CompletedProcess:
                               stdin=subprocess.DEVNULL, **options)
     except subprocess.TimeoutExpired as e:
         raise OSError(f"{command[0]} did not end within {TIMEOUT} s") from e
+
+
+def fastest_products() -> str:
+    """bfloat16 where this processor multiplies it in one instruction, else float32; OSError."""
+    return "bfloat16" if "__AVX512BF16__" in find_compiler()[1] else "float32"
 
 
 def find_compiler() -> tuple[list[str], str]:
@@ -79,12 +88,15 @@ def _last_line(process: subprocess.CompletedProcess) -> str:
     return (errors or lines or [f"exit code {process.returncode}"])[0][:200]
 
 
-def compile_library() -> Path:
+def compile_library(products: str = "float32") -> Path:
     """The path of the library for these sources, flags and processor, compiled if need be.
+
+    products: what its matrix products multiply, float32 or bfloat16.
 
     OSError with one line when there is no compiler, or when what it makes does not work.
     """
     command, target = find_compiler()
+    command = [*command, *PRODUCTS[products]]
     files = sorted(p for p in FOLDER.iterdir() if p.suffix in (".c", ".h"))
     text = "\0".join([*command, target, *(p.name + "\0" + p.read_text() for p in files)])
     name = f"kernels-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
@@ -95,7 +107,8 @@ def compile_library() -> Path:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        sources = [str(FOLDER / s) for s in SOURCES]
+        sources = [str(FOLDER / s) for s in SOURCES
+                   if products == "float32" or s not in FLOAT32_ONLY]
         made = _run([*command, *sources, "-o", temporary, "-lm"])
         if made.returncode:
             raise OSError(f"{command[0]} failed: {_last_line(made)}")
@@ -111,14 +124,13 @@ def compile_library() -> Path:
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL:
+def load_library(products: str = "float32") -> ctypes.CDLL:
     """The compiled functions with their argument types set; OSError when they cannot be had."""
-    lib = ctypes.CDLL(str(compile_library()))
-    for name, letters in SIGNATURES.items():
-        function = getattr(lib, name)
-        function.argtypes, function.restype = [TYPES[c] for c in letters], ctypes.c_int
-    lib.isa.restype = ctypes.c_char_p
-    for name, letters in {"packed_bytes": "iii", "cache_numbers": "pi"}.items():
-        function = getattr(lib, name)
-        function.argtypes, function.restype = [TYPES[c] for c in letters], ctypes.c_long
+    lib = ctypes.CDLL(str(compile_library(products)))
+    lib.isa.restype = lib.products.restype = ctypes.c_char_p
+    for table, result in ((SIGNATURES, ctypes.c_int), (SIZES, ctypes.c_long)):
+        for name, letters in table.items():
+            if hasattr(lib, name):  # those of FLOAT32_ONLY are in one library alone
+                function = getattr(lib, name)
+                function.argtypes, function.restype = [TYPES[c] for c in letters], result
     return lib

@@ -1,15 +1,18 @@
-/* Log-probabilities of given tokens, without ever holding the logits (N, V).
+/* Log-probabilities of given tokens, without ever holding the logits (N, V) as floats.
  *
  *     for n < N:  for v < V:  z[v] = hidden[n] . w[v] / temperature               (the naive nest)
  *                 logp[n] = z[target[n]] - log sum_v exp(z[v])
  *
  * Forward: threads own rows; a row's sum of exponentials grows block of vocabulary by block, with a
- * running maximum. Only the log of the sum is kept, 4 bytes a row where the logits would be 4 V.
+ * running maximum, so a block of ROWS x COLS logits is all that exists, in the core's cache.
  *
  * Backward: with g = d loss / d logp,   dz[v] = g (1[v = target] - exp(z[v] - log_sum)),
  *     d_hidden = dz w / temperature,   dw = dz^T hidden / temperature.
- * The logits are computed again: a third more arithmetic against V times less memory. Threads own
- * blocks of the vocabulary, so each row of dw has one writer; d_hidden is summed at the end.
+ * Two products, if the logits are still there. The forward pass keeps them where the caller has
+ * room, as factors (2 bytes each in bfloat16) and relative to their row's maximum so far: then
+ * exp(z) is wrong by |z - maximum| / 512, little exactly where exp(z) is not little itself. Without
+ * room they are computed again, a third more arithmetic. Threads own blocks of the vocabulary, so each row of dw
+ * has one writer; d_hidden is summed at the end.
  */
 #include "kernels.h"
 
@@ -24,11 +27,13 @@ typedef struct {
     const int64_t *targets; /* (N) */
     float temperature;
     float *logp, *log_sum;  /* (N) */
+    num *kept;              /* (V / COLS, N, COLS): logits less their shift; or NULL */
+    float *shifts;          /* (V / COLS, N) */
     const float *g;         /* (N): gradient of logp */
     float *d_hidden, *dw;   /* (any, D), (V, D) */
-    float *w_t;             /* panels of w^T (D, V): forward */
-    float *h;               /* (N, D): the chosen rows, one after another */
-    float *h_packed;        /* the same as right matrices (ROWS, D): backward */
+    word *w_t;              /* panels of w^T (D, V): forward */
+    num *h;                 /* (N, even(D)): the chosen rows, one after another */
+    word *h_packed;         /* the same as right matrices (ROWS, D): backward */
     float *parts;           /* (n_threads, N, D): each thread's part of d_hidden */
     int failed;
 } Head;
@@ -37,20 +42,27 @@ typedef struct {
 
 static void gather_job(void *task, int thread, int n_threads) {
     Head *a = task;
-    for (long v = thread * COLS; a->w_t && v < a->V; v += n_threads * COLS)
-        pack_transposed(a->D, at_most(COLS, a->V - v), a->w + v * a->D, a->D, a->w_t + v * a->D,
-                        a->D * NR);
+    long D = a->D, ld = even(D);
+    Pool pool = {.n = 0};
+    num *w = (num *)grab(&pool, COLS * ld);
+    if (pool.failed) a->failed = 1;
+    for (long v = thread * COLS; a->w_t && !pool.failed && v < a->V; v += n_threads * COLS) {
+        long cols = at_most(COLS, a->V - v);
+        pack_transposed(D, cols, narrowed(cols, D, a->w + v * D, w), ld, a->w_t + v * deep(D),
+                        deep(D) * NR);
+    }
     for (long n = thread * ROWS; n < a->N; n += n_threads * ROWS) {
         long m = at_most(ROWS, a->N - n);
         for (long r = n; r < n + m; r++)
-            memcpy(a->h + r * a->D, a->hidden + a->rows[r] * a->D, (size_t)a->D * sizeof(float));
+            narrow(1, D, a->hidden + a->rows[r] * D, D, a->h + r * ld, ld);
         if (a->h_packed)
-            pack(m, a->D, a->h + n * a->D, a->D, a->h_packed + n * round_up(a->D, NR), m * NR);
+            pack(m, D, a->h + n * ld, ld, a->h_packed + n / PAIR * round_up(D, NR), deep(m) * NR);
     }
+    release(&pool);
 }
 
-/* Take the logits of one row's block, z (cols) starting at token v, into its running maximum top
- * and sum = sum exp(z - top). */
+/* Take the logits of one row's block, z (cols), into its running maximum top and sum = sum
+ * exp(z - top). They become z / temperature - top. */
 static ALONE void take_in(float *z, long cols, float inverse, float *top, float *sum) {
     float high = *top, more = 0;
 #pragma omp simd reduction(max : high)
@@ -59,7 +71,10 @@ static ALONE void take_in(float *z, long cols, float inverse, float *top, float 
         high = z[j] > high ? z[j] : high;
     }
 #pragma omp simd reduction(+ : more)
-    for (long j = 0; j < cols; j++) more += exp_fast(z[j] - high);
+    for (long j = 0; j < cols; j++) {
+        z[j] -= high;
+        more += exp_fast(z[j]);
+    }
     *sum = *sum * exp_fast(*top - high) + more;
     *top = high;
 }
@@ -77,12 +92,16 @@ static void logprobs_job(void *task, int thread, int n_threads) {
         for (long r = 0; r < m; r++) top[r] = -INFINITY, sum[r] = 0, target[r] = 0;
         for (long v = 0; v < a->V; v += COLS) {
             long cols = at_most(COLS, a->V - v);
-            gemm(m, cols, D, rows_of(a->h + n * D, D), a->w_t + v * D, D * NR, z, COLS, NULL, 0);
+            gemm(m, round_up(cols, NR), D, rows_of(a->h + n * even(D), even(D)),
+                 a->w_t + v * deep(D), deep(D) * NR, z, COLS, NULL, 0);
+            long block = v / COLS * a->N + n;
             for (long r = 0; r < m; r++) {
-                take_in(z + r * COLS, cols, 1.0f / a->temperature, top + r, sum + r);
                 long at = a->targets[n + r] - v;
-                if (at >= 0 && at < cols) target[r] = z[r * COLS + at];
+                if (at >= 0 && at < cols) target[r] = z[r * COLS + at] / a->temperature;
+                take_in(z + r * COLS, cols, 1.0f / a->temperature, top + r, sum + r);
+                if (a->kept) a->shifts[block + r] = top[r];
             }
+            if (a->kept) narrow(m, cols, z, COLS, a->kept + block * COLS, COLS);
         }
         for (long r = 0; r < m; r++) {
             a->log_sum[n + r] = top[r] + logf(sum[r]);
@@ -92,20 +111,29 @@ static void logprobs_job(void *task, int thread, int n_threads) {
     release(&pool);
 }
 
-/* logp (N) and log_sum (N) of targets (N), given hidden (any, D) at rows (N), w (V, D). Returns 0,
- * or -1 when memory is short. */
+/* Floats that hold N x V logits for head_backward. */
+static long kept_logits(long N, long V) { return N * round_up(V, COLS) / PAIR; }
+EXPORT long kept_size(long N, long V) { return kept_logits(N, V) + N * round_up(V, COLS) / COLS; }
+
+/* Fill in where the logits are kept, if they are. */
+static void keep(Head *a, float *kept) {
+    a->kept = (num *)kept;
+    a->shifts = kept ? kept + kept_logits(a->N, a->V) : NULL;
+}
+
+/* logp (N) and log_sum (N) of targets (N), given hidden (any, D) at rows (N), w (V, D). kept:
+ * (kept_size), filled, or NULL. Returns 0, or -1 when memory is short. */
 EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64_t *rows,
                         const float *w, const int64_t *targets, float temperature, float *logp,
-                        float *log_sum, int n_threads) {
+                        float *log_sum, float *kept, int n_threads) {
     Pool pool = {.n = 0};
     Head a = {N, D, V, hidden, rows, w, targets, temperature, logp, log_sum, .w_t = NULL};
-    a.w_t = grab(&pool, panels(D, V));
-    a.h = grab(&pool, N * D);
+    keep(&a, kept);
+    a.w_t = grab_words(&pool, panels(D, V));
+    a.h = (num *)grab(&pool, N * even(D));
     a.failed = pool.failed;
-    if (!a.failed) {
-        in_threads(gather_job, &a, n_threads);
-        in_threads(logprobs_job, &a, n_threads);
-    }
+    if (!a.failed) in_threads(gather_job, &a, n_threads);
+    if (!a.failed) in_threads(logprobs_job, &a, n_threads);
     release(&pool);
     return a.failed ? -1 : 0;
 }
@@ -114,36 +142,57 @@ EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64
 
 /* Logits of one row's block, z (cols), become their gradient; at: the target's column, if in it. */
 static ALONE void logits_gradient(float *z, long cols, long at, float inverse, float log_sum,
-                                  float g) {
-    float factor = -g * inverse;
+                                  float factor) {
 #pragma omp simd
-    for (long j = 0; j < cols; j++) z[j] = factor * exp_fast(z[j] * inverse - log_sum);
-    if (at >= 0 && at < cols) z[at] -= factor;
+    for (long j = 0; j < cols; j++) z[j] = -factor * exp_fast(z[j] * inverse - log_sum);
+    if (at >= 0 && at < cols) z[at] += factor;
+}
+
+/* The block (m, cols) of gradients of logits at row n, token v: z (m, COLS). h, w_t: its factors,
+ * for logits that were not kept. */
+static void gradient_block(const Head *a, long n, long m, long v, long cols, const word *w_t,
+                           float *z) {
+    long ld = even(a->D), block = v / COLS * a->N + n;
+    const num *kept = a->kept ? a->kept + block * COLS : NULL;
+    float inverse = 1.0f / a->temperature;
+    if (!kept)
+        gemm(m, round_up(cols, NR), a->D, rows_of(a->h + n * ld, ld), w_t, deep(a->D) * NR, z,
+             COLS, NULL, 0);
+    for (long r = 0; r < m; r++) {
+        float *row = z + r * COLS, factor = a->g[n + r] * inverse;
+        float shift = kept ? a->shifts[block + r] : 0;
+        for (long j = 0; kept && j < cols; j++) row[j] = widen(kept[r * COLS + j]);
+        logits_gradient(row, cols, a->targets[n + r] - v, kept ? 1 : inverse,
+                        a->log_sum[n + r] - shift, factor);
+    }
 }
 
 static void head_backward_job(void *task, int thread, int n_threads) {
     Head *a = task;
-    long D = a->D, D_up = round_up(D, NR);
+    long D = a->D, D_up = round_up(D, NR), ld = even(D);
     Pool pool = {.n = 0};
     float *z = grab(&pool, ROWS * COLS);
-    float *w_t = grab(&pool, panels(D, COLS)), *w = grab(&pool, panels(COLS, D));
+    num *dz = PAIR == 1 ? (num *)z : (num *)grab(&pool, ROWS * COLS);
+    word *dz_t = grab_words(&pool, PAIR == 1 ? 0 : ROWS * COLS);
+    num *room = (num *)grab(&pool, COLS * ld);
+    word *w_t = grab_words(&pool, panels(D, COLS)), *w = grab_words(&pool, panels(COLS, D));
     float *part = a->parts + thread * a->N * D;
     if (pool.failed) a->failed = 1;
     memset(part, 0, (size_t)(a->N * D) * sizeof(float));
     for (long v = thread * COLS; v < a->V && !pool.failed; v += n_threads * COLS) {
         long cols = at_most(COLS, a->V - v);
         float *dw = a->dw + v * D;
-        pack_transposed(D, cols, a->w + v * D, D, w_t, D * NR);
-        pack(cols, D, a->w + v * D, D, w, cols * NR);
+        const num *w_num = narrowed(cols, D, a->w + v * D, room);
+        if (!a->kept) pack_transposed(D, cols, w_num, ld, w_t, deep(D) * NR);
+        pack(cols, D, w_num, ld, w, deep(cols) * NR);
         for (long n = 0; n < a->N; n += ROWS) {
             long m = at_most(ROWS, a->N - n);
-            gemm(m, cols, D, rows_of(a->h + n * D, D), w_t, D * NR, z, COLS, NULL, 0);
-            for (long r = 0; r < m; r++)
-                logits_gradient(z + r * COLS, cols, a->targets[n + r] - v, 1.0f / a->temperature,
-                                a->log_sum[n + r], a->g[n + r]);
-            gemm(m, D, cols, rows_of(z, COLS), w, cols * NR, part + n * D, D, part + n * D, D);
-            gemm(cols, D, m, columns_of(z, COLS), a->h_packed + n * D_up, m * NR, dw, D,
-                 n ? dw : NULL, D);
+            gradient_block(a, n, m, v, cols, w_t, z);
+            narrow(m, cols, z, COLS, dz, COLS);
+            gemm(m, D, cols, rows_of(dz, COLS), w, deep(cols) * NR, part + n * D, D, part + n * D,
+                 D);
+            gemm(cols, D, m, columns(m, cols, dz, COLS, dz_t), a->h_packed + n / PAIR * D_up,
+                 deep(m) * NR, dw, D, n ? dw : NULL, D);
         }
     }
     release(&pool);
@@ -160,19 +209,21 @@ static void scatter_job(void *task, int thread, int n_threads) {
 }
 
 /* d_hidden (any, D) += at rows (N), which are all different; dw (V, D) =: from g (N) = gradient of
- * logp, with log_sum as forward left it, N >= 1. Returns 0, or -1 when memory is short. */
+ * logp, with log_sum and kept, or NULL, as forward left them, N >= 1. Returns 0, or -1 when memory
+ * is short. */
 EXPORT int head_backward(long N, long D, long V, const float *hidden, const int64_t *rows,
                          const float *w, const int64_t *targets, float temperature, float *log_sum,
-                         const float *g, float *d_hidden, float *dw, int n_threads) {
+                         float *kept, const float *g, float *d_hidden, float *dw, int n_threads) {
     Pool pool = {.n = 0};
-    Head a = {N, D, V, hidden, rows, w, targets, temperature, NULL, log_sum, g, d_hidden, dw, NULL,
-              grab(&pool, N * D), grab(&pool, N * round_up(D, NR)),
-              grab(&pool, n_threads * N * D), 0};
+    Head a = {N, D, V, hidden, rows, w, targets, temperature, .log_sum = log_sum, .g = g,
+              .d_hidden = d_hidden, .dw = dw};
+    keep(&a, kept);
+    a.h = (num *)grab(&pool, N * even(D));
+    a.h_packed = grab_words(&pool, deep(round_up(N, PAIR)) * round_up(D, NR));
+    a.parts = grab(&pool, n_threads * N * D);
     a.failed = pool.failed;
-    if (!a.failed) {
-        in_threads(gather_job, &a, n_threads);
-        in_threads(head_backward_job, &a, n_threads);
-    }
+    if (!a.failed) in_threads(gather_job, &a, n_threads);
+    if (!a.failed) in_threads(head_backward_job, &a, n_threads);
     if (!a.failed) in_threads(scatter_job, &a, n_threads);
     release(&pool);
     return a.failed ? -1 : 0;

@@ -27,29 +27,56 @@ INLINE long qkv_dim(const Shape *s) { return s->dim + 2 * s->n_kv_heads * head_d
 
 /* --------------------------------------------------------------------------------------- gemm.c */
 
-/* The left matrix: a(i, k) = p[i / MR * tile + i % MR * row + k * col]. */
+/* Words of a sum over K. */
+INLINE long deep(long K) { return (K + PAIR - 1) / PAIR; }
+
+/* The left matrix, in words: a(i, k) = p[i / MR * tile + i % MR * row + k * col]. */
 typedef struct {
-    const float *p;
+    const word *p;
     long row, col, tile;
 } Left;
 
-/* A as it lies in memory, a (M, K) with ld numbers from row to row. */
-INLINE Left rows_of(const float *a, long ld) { return (Left){a, ld, 1, MR * ld}; }
+/* A as it lies in memory, a (M, K) with ld numbers from row to row, a multiple of PAIR. */
+INLINE Left rows_of(const num *a, long ld) {
+    return (Left){(const word *)a, ld / PAIR, 1, MR * ld / PAIR};
+}
 
-/* The transpose of what lies in memory, a (K, M) with ld numbers from row to row. */
-INLINE Left columns_of(const float *a, long ld) { return (Left){a, 1, ld, MR}; }
+/* Written by pack_left: tiles of MR columns, (M / MR, deep(K), MR). */
+INLINE Left packed_columns(const word *a, long K) { return (Left){a, 1, MR, deep(K) * MR}; }
 
-/* Written by pack_left: tiles of MR columns, (M / MR, K, MR). */
-INLINE Left packed_columns(const float *a, long K) { return (Left){a, 1, MR, K * MR}; }
+/* The size in words of panels for a right matrix (K, N). */
+INLINE long panels(long K, long N) { return round_up(N, NR) * deep(K); }
 
-/* The size in floats of panels for a right matrix (K, N). */
-INLINE long panels(long K, long N) { return round_up(N, NR) * K; }
-
-void gemm(long M, long N, long K, Left a, const float *b, long panel, float *c, long ldc,
+void gemm(long M, long N, long K, Left a, const word *b, long panel, float *c, long ldc,
     const float *r, long ldr);
-void pack(long K, long N, const float *b, long ld, float *out, long panel);
-void pack_transposed(long K, long N, const float *b, long ld, float *out, long panel);
-void pack_left(long K, long M, const float *a, long ld, float *out);
+void pack(long K, long N, const num *b, long ld, word *out, long panel);
+void pack_transposed(long K, long N, const num *b, long ld, word *out, long panel);
+void pack_left(long K, long M, const num *a, long ld, word *out);
+Left columns(long K, long M, const num *a, long ld, word *room);
+void narrow(long T, long N, const float *x, long ldx, num *y, long ldy);
+
+/* Where a result goes that will be a factor: in float32 to y itself, in bfloat16 to room, from
+ * where `narrow` brings it to y. */
+INLINE float *wide(num *y, float *room) {
+#if PAIR == 1
+    (void)room;
+    return y;
+#else
+    (void)y;
+    return room;
+#endif
+}
+
+/* The factors of x (T, N): x itself in float32, else y, filled. */
+INLINE const num *narrowed(long T, long N, const float *x, num *y) {
+#if PAIR == 1
+    (void)T, (void)N, (void)y;
+    return x;
+#else
+    narrow(T, N, x, N, y, even(N));
+    return y;
+#endif
+}
 
 /* -------------------------------------------------------------------------------------- layer.c */
 
@@ -67,21 +94,21 @@ void swiglu_backward(long T, long F, const float *gu, const float *da, float *a,
 #define BLOCK 24 /* queries at a time, a multiple of every MR */
 
 /* Keys and values of one sequence and layer in the layouts that the products read; `room` tokens
- * long. They are the key-value cache of generation too. */
+ * long. They are the key-value cache of generation too. Sizes in words. */
 typedef struct {
-    float *k_t; /* (KV, room / NR, hd, NR): right matrix of q k^T */
-    float *v;   /* (KV, hd / NR, room, NR): right matrix of p v */
-    long room;  /* tokens, a multiple of NR */
+    word *k_t; /* (KV, room / NR, hd / PAIR, NR): right matrix of q k^T */
+    word *v;   /* (KV, hd / NR, room / PAIR, NR): right matrix of p v */
+    long room; /* tokens, a multiple of NR */
 } Keys;
 
-INLINE long keys_size(const Shape *s, long room) { /* floats of k_t; of v */
-    return s->n_kv_heads * room * round_up(head_dim(s), NR);
+INLINE long keys_size(const Shape *s, long room) { /* words of k_t; of v */
+    return s->n_kv_heads * room * round_up(head_dim(s), NR) / PAIR;
 }
-INLINE float *keys_of(const Shape *s, const Keys *c, long j) { /* head j of k_t */
-    return c->k_t + j * c->room * head_dim(s);
+INLINE word *keys_of(const Shape *s, const Keys *c, long j) { /* head j of k_t */
+    return c->k_t + j * c->room * head_dim(s) / PAIR;
 }
-INLINE float *values_of(const Shape *s, const Keys *c, long j) { /* head j of v */
-    return c->v + j * c->room * round_up(head_dim(s), NR);
+INLINE word *values_of(const Shape *s, const Keys *c, long j) { /* head j of v */
+    return c->v + j * c->room * round_up(head_dim(s), NR) / PAIR;
 }
 
 /* What may be seen: the keys [from, to) of a block of queries, and which of them by which. */
@@ -90,24 +117,32 @@ typedef struct {
     const int64_t *segments; /* (T), or NULL: one segment */
 } Span;
 
-/* Room that attention needs per thread, in floats: one block of scores. */
 INLINE long scores_width(long T) { return round_up(T, NR) + NR; }
+
+/* Room that attention needs per thread, in floats: one block of scores, the same as factors and,
+ * as they come from the product, a block of one head's outputs. */
+INLINE long scores_size(const Shape *s, long T) {
+    return BLOCK * (2 * scores_width(T) + head_dim(s));
+}
 
 /* Scratch of the backward pass. */
 typedef struct {
-    float *z, *dz;   /* BLOCK * scores_width(T) each */
-    float *q, *d_out; /* (hd / NR, BLOCK, NR) each: a block of queries, of d_out, as right matrix */
-    float *k, *v_t;  /* keys_size each: keys as right matrix of dZ K, values of dO V^T */
+    float *z, *dz;          /* BLOCK * scores_width(T) each */
+    num *p_num, *dz_num;    /* the same as factors */
+    word *p_t, *dz_t;       /* and as left matrices of products that sum over queries */
+    num *d_out_num;         /* (T, D) */
+    word *q, *d_out;        /* (hd / NR, BLOCK, NR): a block of queries, of d_out: right matrices */
+    word *k, *v_t;          /* keys_size: keys as right matrix of dZ K, values of dO V^T */
 } AttentionScratch;
 
-void fill_keys(const Shape *s, long T, const float *qkv, const Keys *c);
+void fill_keys(const Shape *s, long T, const num *qkv, const Keys *c);
 void exp_rows(long n, float *z, long ld, long t0, Span span, float scale, float *sums,
     float *log_sum);
 void divide_rows(long n, long hd, float *out, long ld, const float *sums);
-void attention(const Shape *s, long T, const float *qkv, const Keys *c, const int64_t *segments,
-    float *out, float *log_sum, float *z);
-void attention_backward(const Shape *s, long T, const float *qkv, const Keys *c,
-    const int64_t *segments, const float *out, const float *log_sum, const float *d_out,
+void attention(const Shape *s, long T, const num *qkv, const Keys *c, const int64_t *segments,
+    num *out, float *log_sum, float *z);
+void attention_backward(const Shape *s, long T, const num *qkv, const Keys *c,
+    const int64_t *segments, const num *out, const float *log_sum, const float *d_out,
     float *dqkv, AttentionScratch x);
 
 /* ------------------------------------------------------------------------------------ weights.c */
@@ -122,26 +157,30 @@ typedef struct {
 
 /* One layer's matrices as right matrices of a product; q, k, v and gate, up each as one. */
 typedef struct {
-    float *qkv, *o, *gu, *down;
+    word *qkv, *o, *gu, *down;
 } Packed;
 
 Packed *pack_weights(const Shape *s, const Layer *layers, int backward, int n_threads, Pool *pool);
 
 /* -------------------------------------------------------------------------------------- block.c */
 
+#define CHUNK 96 /* tokens at a time between two matrix products, a multiple of every MR */
+
 /* Activations of one sequence at one layer. */
 typedef struct {
     float *x, *scale;       /* (T, D), (T): the layer's input and its norm's scale */
-    float *qkv;             /* (T, D + 2 KV hd), rotated */
-    float *out, *log_sum;   /* (T, D), (H, T): attention before wo */
+    num *qkv;               /* (T, D + 2 KV hd), rotated */
+    num *out;               /* (T, D): attention before wo */
+    float *log_sum;         /* (H, T): of its softmax */
     float *mid, *mid_scale; /* (T, D), (T): after attention */
-    float *gu;              /* (T, 2F): gates, ups */
+    num *gu;                /* (T, 2F): gates, ups */
 } Saved;
 
 /* Buffers of one thread in the forward pass. */
 typedef struct {
-    float *n;   /* (T, D): a normalised input */
-    float *act; /* (T, F): swiglu's output */
+    num *n;     /* (CHUNK, D): a normalised input */
+    num *act;   /* (CHUNK, even(F)): swiglu's output */
+    float *wide, *act_wide; /* (CHUNK, widest), (CHUNK, F): results before they are factors */
     float *z;   /* scores of a block of queries */
     Keys keys;
 } Forward;
@@ -154,10 +193,13 @@ typedef struct {
 
 /* Buffers of one thread in the backward pass. */
 typedef struct {
-    float *dx, *n, *dn;      /* (T, D): running gradient; a normalised input, its gradient */
-    float *act, *d_act, *dgu; /* (T, F), (T, F), (T, 2F) */
+    float *dx, *dn;          /* (T, D): the running gradient; that of a normalised input */
+    float *d_act, *gu;       /* (T, F), (T, 2F) */
     float *d_out, *dqkv;     /* (T, D), (T, D + 2 KV hd) */
-    float *left, *right;     /* both factors of a weight gradient, packed */
+    num *n, *act;            /* (T, D), (T, even(F)): factors that the forward pass had */
+    num *dy;                 /* (T, widest): a gradient as factor */
+    float *wide;             /* (T, D) */
+    word *left, *right;      /* both factors of a weight gradient, packed */
     Keys keys;
     AttentionScratch scratch;
 } Backward;

@@ -85,17 +85,17 @@ ALONE void swiglu(long T, long F, const float *gu, float *a) {
         for (long i = 0; i < F; i++) a[i] = gu[i] / (1.0f + exp_fast(-gu[i])) * gu[F + i];
 }
 
-/* a (T, F) again, and dgu (T, 2F) from da (T, F):
+/* a (T, F) again, and dgu (T, 2F) from da (T, F); a may be da, and dgu gu:
  *
  *     du = da silu(g),   dg = da u sigma(g) (1 + g (1 - sigma(g))). */
 ALONE void swiglu_backward(long T, long F, const float *gu, const float *da, float *a, float *dgu) {
     for (long t = 0; t < T; t++, gu += 2 * F, dgu += 2 * F, a += F, da += F)
 #pragma omp simd
         for (long i = 0; i < F; i++) {
-            float g = gu[i], u = gu[F + i], sigma = 1.0f / (1.0f + exp_fast(-g));
+            float g = gu[i], u = gu[F + i], d = da[i], sigma = 1.0f / (1.0f + exp_fast(-g));
             a[i] = g * sigma * u;
-            dgu[i] = da[i] * u * sigma * (1.0f + g * (1.0f - sigma));
-            dgu[F + i] = da[i] * g * sigma;
+            dgu[i] = d * u * sigma * (1.0f + g * (1.0f - sigma));
+            dgu[F + i] = d * g * sigma;
         }
 }
 

@@ -1,6 +1,7 @@
 """The C functions as PyTorch sees them: two autograd Functions and one call that generates.
 
-float32 on the CPU only; `unfit` says why a model must take the PyTorch path.
+Tensors are float32 on the CPU only, whatever the matrix products inside multiply; `unfit` says why
+a model must take the PyTorch path.
 """
 
 from __future__ import annotations
@@ -16,15 +17,34 @@ LAYER = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "atte
          "ffn_norm", "feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down")
 
 
-def unfit(*tensors: Tensor) -> str | None:
-    """Why these tensors cannot go to C, or None: plain, float32, contiguous, on the CPU."""
-    for t in tensors:
-        if type(t) not in (Tensor, nn.Parameter):
-            return f"weights are of type {type(t).__name__}"  # sharded: FSDP, tensor parallel
-        if t.device.type != "cpu" or t.dtype != torch.float32:
-            return f"weights are {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
-        if not t.is_contiguous():
-            return "weights are not contiguous"
+_products = "float32"  # which library `library` gives; written by `use`
+
+
+def use(products: str) -> ctypes.CDLL:
+    """Load the library whose products multiply float32 or bfloat16 and take it from now on."""
+    global _products
+    lib, _products = load_library(products), products
+    return lib
+
+
+def library() -> ctypes.CDLL:
+    return load_library(_products)
+
+
+def unfit(weights, *activations: Tensor) -> str | None:
+    """Why these tensors cannot go to C, or None: plain, float32, on the CPU.
+
+    weights, a list, are read where they lie and must be contiguous; activations may be slices of
+    something larger, they are made contiguous on the way.
+    """
+    for what, tensors in (("weights", weights), ("hidden states", activations)):
+        for t in tensors:
+            if type(t) not in (Tensor, nn.Parameter):
+                return f"{what} are of type {type(t).__name__}"  # sharded: FSDP, tensor parallel
+            if t.device.type != "cpu" or t.dtype != torch.float32:
+                return f"{what} are {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
+            if what == "weights" and not t.is_contiguous():
+                return "weights are not contiguous"
     return None
 
 
@@ -59,7 +79,8 @@ def _threads(work: int) -> int:
 # ---------------------------------------------------------------------------------- trunk
 
 _spare: list[Tensor] = []  # buffers of activations that the last steps gave back: the operating
-SPARE = 2                  # system clears new memory page by page, 5% of a step
+SPARE = 3                  # system clears new memory page by page, 5% of a step
+LOGITS_KEPT = 1 << 27      # logits (N, V) kept for the backward pass; more are computed again
 
 
 def _take(size: int) -> Tensor:
@@ -70,6 +91,11 @@ def _take(size: int) -> Tensor:
     best = min(fits, key=torch.numel)
     _spare[:] = [b for b in _spare if b is not best]
     return best
+
+
+def _give_back(buffer: Tensor | None) -> None:
+    if buffer is not None:
+        _spare[:] = [buffer, *_spare][:SPARE]
 
 
 def trunk(model, tokens: Tensor, lengths: Tensor | None, segments: Tensor | None) -> Tensor:
@@ -95,7 +121,7 @@ def trunk(model, tokens: Tensor, lengths: Tensor | None, segments: Tensor | None
 def _trunk_forward(shape, lengths, segments, rope, x, weights, saved) -> Tensor:
     B, T, _ = x.shape
     x, hidden = x.detach().contiguous(), torch.empty(x.shape)
-    _check(load_library().trunk_forward(
+    _check(library().trunk_forward(
         ctypes.byref(shape), B, T, x.data_ptr(), lengths.data_ptr(), _pointer(segments),
         _pointers(weights), rope[0].data_ptr(), rope[1].data_ptr(), _pointer(saved),
         hidden.data_ptr(), _threads(B)))
@@ -108,8 +134,8 @@ class Trunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shape, lengths, segments, rope, x, *weights):
         B, T, _ = x.shape
-        size = load_library().saved_size(ctypes.byref(shape), T)
-        ctx.kept = _take(B * size)
+        ctx.lib = library()  # what it saves, only the same library can read
+        ctx.kept = _take(B * ctx.lib.saved_size(ctypes.byref(shape), T))
         ctx.shape, ctx.lengths, ctx.segments, ctx.rope = shape, lengths, segments, rope
         ctx.save_for_backward(*weights)  # PyTorch complains if they change before backward
         return _trunk_forward(shape, lengths, segments, rope, x, weights, ctx.kept)
@@ -123,12 +149,11 @@ class Trunk(torch.autograd.Function):
         B, T, D = d_hidden.shape
         d_hidden, dx, n = d_hidden.contiguous(), torch.empty(B, T, D), _threads(B)
         gradients = torch.empty(sum(w.numel() for w in weights))
-        _check(load_library().trunk_backward(
+        _check(ctx.lib.trunk_backward(
             ctypes.byref(ctx.shape), B, T, d_hidden.data_ptr(), ctx.lengths.data_ptr(),
             _pointer(ctx.segments), _pointers(weights), ctx.rope[0].data_ptr(),
             ctx.rope[1].data_ptr(), ctx.kept.data_ptr(), dx.data_ptr(), gradients.data_ptr(), n))
-        _spare[:] = [ctx.kept, *_spare][:SPARE]
-        ctx.kept = None
+        ctx.kept = _give_back(ctx.kept)
         parts = gradients.split([w.numel() for w in weights])
         parts = [p.view_as(w) if need else None
                  for p, w, need in zip(parts, weights, ctx.needs_input_grad[5:])]
@@ -145,10 +170,12 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, rows, targets, temperature):
         N, (V, D) = len(rows), weight.shape
         hidden = hidden.contiguous()
-        logp, log_sum = torch.empty(N), torch.empty(N)
-        _check(load_library().head_forward(
+        logp, log_sum, ctx.lib = torch.empty(N), torch.empty(N), library()
+        keep = any(ctx.needs_input_grad) and N * V <= LOGITS_KEPT
+        ctx.kept = _take(ctx.lib.kept_size(N, V)) if keep else None
+        _check(ctx.lib.head_forward(
             N, D, V, hidden.data_ptr(), rows.data_ptr(), weight.data_ptr(), targets.data_ptr(),
-            temperature, logp.data_ptr(), log_sum.data_ptr(), _threads(N)))
+            temperature, logp.data_ptr(), log_sum.data_ptr(), _pointer(ctx.kept), _threads(N)))
         ctx.save_for_backward(hidden, weight, rows, targets, log_sum)
         ctx.temperature = temperature
         return logp
@@ -158,10 +185,11 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, rows, targets, log_sum = ctx.saved_tensors
         N, (V, D), g = len(rows), weight.shape, g.contiguous()
         d_hidden, d_weight = torch.zeros_like(hidden), torch.empty_like(weight)
-        _check(load_library().head_backward(
+        _check(ctx.lib.head_backward(
             N, D, V, hidden.data_ptr(), rows.data_ptr(), weight.data_ptr(), targets.data_ptr(),
-            ctx.temperature, log_sum.data_ptr(), g.data_ptr(), d_hidden.data_ptr(),
-            d_weight.data_ptr(), _threads(V)))
+            ctx.temperature, log_sum.data_ptr(), _pointer(ctx.kept), g.data_ptr(),
+            d_hidden.data_ptr(), d_weight.data_ptr(), _threads(V)))
+        ctx.kept = _give_back(ctx.kept)  # a second backward pass computes the logits again
         return d_hidden, d_weight if ctx.needs_input_grad[1] else None, None, None, None
 
 
@@ -195,7 +223,7 @@ def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_
     end = min(longest + max_new_tokens, c.max_seq_len)
     cos, sin = (t[:end].contiguous() for t in model.rope(torch.float32, torch.device("cpu")))
     weights = [*trunk_weights(model), model.tok_embeddings.weight, model.output.weight]
-    _check(load_library().rollout(
+    _check(library().rollout(
         ctypes.byref(_shape(c)), _pointers(weights), cos.data_ptr(), sin.data_ptr(), B,
         c.max_seq_len, room, flat.data_ptr(), starts.data_ptr(), ids.data_ptr(),
         float(temperature), float(top_p), ctypes.c_int64(seed).value,

@@ -110,7 +110,7 @@ typedef struct {
     const Layer *layers;
     const Packed *packed;
     const float *final_norm, *embeddings; /* (D), (V, D) */
-    const float *head;                    /* panels of output.weight^T (D, V) */
+    const word *head;                     /* panels of output.weight^T (D, V) */
     const float *cos, *sin;               /* (longest row, hd/2) */
     long B, context, max_new;
     const int64_t *prompts, *starts;      /* prompt b: prompts[starts[b]..starts[b + 1]) */
@@ -131,8 +131,11 @@ typedef struct {
 
 /* Buffers of one thread for M rows at a time. */
 typedef struct {
-    float *x, *n, *qkv, *out, *gu, *act, *logits; /* (M, D), (M, D), ... as in block.h; (M, V) */
+    float *x, *qkv, *gu, *act, *logits; /* (M, D), ... as in block.c; (M, V) */
+    float *wide;                        /* (M, D): a result before it is a factor */
+    num *n, *qkv_num, *out, *act_num;   /* factors; act_num (M, even(F)) */
     float *z, *sums, *log_sum; /* one row's scores: (group, width), (group), (group) */
+    num *p;                    /* the same as factors */
     float *kept;
     Candidate *candidates;
 } Step;
@@ -140,44 +143,67 @@ typedef struct {
 static Step step_buffers(const Shape *s, long M, long room, Pool *pool) {
     Step w;
     long D = s->dim, V = s->vocab_size, group = s->n_heads / s->n_kv_heads;
-    w.x = grab(pool, M * D), w.n = grab(pool, M * D), w.qkv = grab(pool, M * qkv_dim(s));
-    w.out = grab(pool, M * D), w.gu = grab(pool, M * 2 * s->hidden_dim);
-    w.act = grab(pool, M * s->hidden_dim), w.logits = grab(pool, M * V);
-    w.z = grab(pool, group * scores_width(room));
+    long width = group * scores_width(room), F = s->hidden_dim;
+    w.x = grab(pool, M * D), w.qkv = grab(pool, M * qkv_dim(s)), w.gu = grab(pool, M * 2 * F);
+    w.wide = grab(pool, M * D);
+    w.n = (num *)grab(pool, M * D), w.out = (num *)grab(pool, M * D);
+    w.act_num = (num *)grab(pool, M * even(F)), w.act = wide(w.act_num, grab(pool, M * F));
+    w.qkv_num = PAIR == 1 ? (num *)w.qkv : (num *)grab(pool, M * qkv_dim(s));
+    w.logits = grab(pool, M * V);
+    w.z = grab(pool, width), w.p = PAIR == 1 ? (num *)w.z : (num *)grab(pool, width);
     w.sums = grab(pool, group), w.log_sum = grab(pool, group);
     w.kept = grab(pool, V);
     w.candidates = (Candidate *)grab(pool, V * (long)(sizeof(Candidate) / sizeof(float)));
     return w;
 }
 
+/* Put number (k, n) into the panels of a right matrix, the sum's further numbers being unknown. */
+INLINE void put(word *panels, long panel, long k, long n, num x) {
+    num *to = (num *)(panels + n / NR * panel + k / PAIR * NR + n % NR);
+    to[k % PAIR] = x;
+#if PAIR == 2
+    if (k % 2 == 0) to[1] = 0; /* what is multiplied by 0 must be a number */
+#endif
+}
+
 /* Write one token's key and value, qkv (D + 2 KV hd), at its place in the cache. */
-static void append_key(const Shape *s, const float *qkv, long position, const Keys *c) {
+static void append_key(const Shape *s, const num *qkv, long position, const Keys *c) {
     long hd = head_dim(s);
     for (long j = 0; j < s->n_kv_heads; j++) {
-        const float *k = qkv + s->dim + j * hd, *v = k + s->n_kv_heads * hd;
-        float *k_t = keys_of(s, c, j) + position / NR * hd * NR + position % NR;
-        float *to = values_of(s, c, j) + position * NR;
+        const num *k = qkv + s->dim + j * hd, *v = k + s->n_kv_heads * hd;
+        word *k_t = keys_of(s, c, j), *values = values_of(s, c, j);
         for (long i = 0; i < hd; i++) {
-            k_t[i * NR] = k[i];
-            to[i / NR * c->room * NR + i % NR] = v[i];
+            put(k_t, deep(hd) * NR, i, position, k[i]);
+            put(values, deep(c->room) * NR, position, i, v[i]);
         }
     }
 }
 
 /* Attention of one new token over its row's cache: qkv (D + 2 KV hd) -> out (D). */
-static void attend(const Shape *s, const float *qkv, long position, const Keys *c, float *out,
+static void attend(const Shape *s, const num *qkv, long position, const Keys *c, num *out,
                    const Step *w) {
     long hd = head_dim(s), group = s->n_heads / s->n_kv_heads, ld = scores_width(c->room);
     Span span = {0, position + 1, NULL};
     for (long j = 0; j < s->n_kv_heads; j++) {
         long at = j * group * hd;
-        gemm(group, span.to, hd, rows_of(qkv + at, hd), keys_of(s, c, j), hd * NR, w->z, ld, NULL,
-             0);
+        float *to = wide(out + at, w->wide);
+        gemm(group, round_up(span.to, NR), hd, rows_of(qkv + at, hd), keys_of(s, c, j),
+             deep(hd) * NR, w->z, ld, NULL, 0);
         exp_rows(group, w->z, ld, position, span, 1.0f / sqrtf((float)hd), w->sums, w->log_sum);
-        gemm(group, hd, span.to, rows_of(w->z, ld), values_of(s, c, j), c->room * NR, out + at,
+        narrow(group, span.to, w->z, ld, w->p, ld);
+        gemm(group, hd, span.to, rows_of(w->p, ld), values_of(s, c, j), deep(c->room) * NR, to,
              hd, NULL, 0);
-        divide_rows(group, hd, out + at, hd, w->sums);
+        divide_rows(group, hd, to, hd, w->sums);
+        narrow(group, hd, to, hd, out + at, hd);
     }
+}
+
+/* n (M, D) = the factors of rmsnorm(x (M, D)). */
+static void norm_rows(const Rollout *g, long M, const float *weight, const Step *w) {
+    long D = g->s->dim;
+    float *to = wide(w->n, w->wide);
+    rmsnorm(M, D, w->x, weight, g->s->norm_eps, to, NULL);
+    narrow(M, D, to, D, w->n, D);
 }
 
 /* All layers for the last token of M rows: w->x (M, D), embedded, becomes the trunk's output. */
@@ -187,20 +213,23 @@ static void step(const Rollout *g, long M, Row *const *rows, const Step *w) {
     for (long l = 0; l < s->n_layers; l++) {
         const Layer *y = g->layers + l;
         const Packed *p = g->packed + l;
-        rmsnorm(M, D, w->x, y->attention_norm, s->norm_eps, w->n, NULL);
-        gemm(M, E, D, rows_of(w->n, D), p->qkv, D * NR, w->qkv, E, NULL, 0);
+        norm_rows(g, M, y->attention_norm, w);
+        gemm(M, E, D, rows_of(w->n, D), p->qkv, deep(D) * NR, w->qkv, E, NULL, 0);
         for (long m = 0; m < M; m++) {
             long at = rows[m]->position - 1;
+            num *qkv = w->qkv_num + m * E;
             rotate(s->n_heads + s->n_kv_heads, hd, w->qkv + m * E, g->cos + at * hd / 2,
                    g->sin + at * hd / 2, 1);
-            append_key(s, w->qkv + m * E, at, rows[m]->keys + l);
-            attend(s, w->qkv + m * E, at, rows[m]->keys + l, w->out + m * D, w);
+            narrow(1, E, w->qkv + m * E, E, qkv, E);
+            append_key(s, qkv, at, rows[m]->keys + l);
+            attend(s, qkv, at, rows[m]->keys + l, w->out + m * D, w);
         }
-        gemm(M, D, D, rows_of(w->out, D), p->o, D * NR, w->x, D, w->x, D);
-        rmsnorm(M, D, w->x, y->ffn_norm, s->norm_eps, w->n, NULL);
-        gemm(M, 2 * F, D, rows_of(w->n, D), p->gu, D * NR, w->gu, 2 * F, NULL, 0);
+        gemm(M, D, D, rows_of(w->out, D), p->o, deep(D) * NR, w->x, D, w->x, D);
+        norm_rows(g, M, y->ffn_norm, w);
+        gemm(M, 2 * F, D, rows_of(w->n, D), p->gu, deep(D) * NR, w->gu, 2 * F, NULL, 0);
         swiglu(M, F, w->gu, w->act);
-        gemm(M, D, F, rows_of(w->act, F), p->down, F * NR, w->x, D, w->x, D);
+        narrow(M, F, w->act, F, w->act_num, even(F));
+        gemm(M, D, F, rows_of(w->act_num, even(F)), p->down, deep(F) * NR, w->x, D, w->x, D);
     }
 }
 
@@ -209,8 +238,8 @@ static void step(const Rollout *g, long M, Row *const *rows, const Step *w) {
 static long draw_tokens(const Rollout *g, long M, Row **rows, const Step *w) {
     const Shape *s = g->s;
     long D = s->dim, V = s->vocab_size, live = 0;
-    rmsnorm(M, D, w->x, g->final_norm, s->norm_eps, w->n, NULL);
-    gemm(M, V, D, rows_of(w->n, D), g->head, D * NR, w->logits, V, NULL, 0);
+    norm_rows(g, M, g->final_norm, w);
+    gemm(M, V, D, rows_of(w->n, D), g->head, deep(D) * NR, w->logits, V, NULL, 0);
     for (long m = 0; m < M; m++) {
         Row *r = rows[m];
         float u = uniform(g->seed, g->row_ids[r->b], r->position);
@@ -260,7 +289,8 @@ static void rollout_job(void *task, int thread, int n_threads) {
         rows[M] = all + M;
         M++;
     }
-    float *cache = grab(&pool, total), *saved = grab(&pool, saved_per_layer(s, longest));
+    word *cache = grab_words(&pool, total);
+    float *saved = grab(&pool, saved_per_layer(s, longest));
     Saved a = saved_at(s, longest, saved, 0);
     Forward f = forward_buffers(s, longest, &pool);
     Step w = step_buffers(s, most, reach, &pool);
@@ -288,15 +318,17 @@ static void rollout_job(void *task, int thread, int n_threads) {
 typedef struct {
     long D, V;
     const float *w; /* (V, D) */
-    float *out;
+    num *room;      /* (V, D) */
+    word *out;
 } HeadPacking;
 
 static void pack_head(void *task, int thread, int n_threads) {
     HeadPacking *p = task;
-    long share = round_up((p->V + n_threads - 1) / n_threads, NR), v = thread * share;
-    if (v < p->V)
-        pack_transposed(p->D, at_most(share, p->V - v), p->w + v * p->D, p->D, p->out + v * p->D,
-                        p->D * NR);
+    long share = round_up((p->V + n_threads - 1) / n_threads, NR), v = thread * share, D = p->D;
+    if (v >= p->V) return;
+    long cols = at_most(share, p->V - v);
+    pack_transposed(D, cols, narrowed(cols, D, p->w + v * D, p->room + v * D), D,
+                    p->out + v * deep(D), deep(D) * NR);
 }
 
 /* Answer B prompts (see Rollout for the arguments). weights: as in trunk_forward, then embeddings
@@ -311,7 +343,8 @@ EXPORT int rollout(const Shape *s, const float *const *weights, const float *cos
     const Layer *layers = (const Layer *)weights;
     const float *const *last = weights + 9 * s->n_layers;
     HeadPacking head = {s->dim, s->vocab_size, last[2],
-                        grab(&pool, panels(s->dim, s->vocab_size))};
+                        (num *)grab(&pool, PAIR == 1 ? 0 : s->dim * s->vocab_size),
+                        grab_words(&pool, panels(s->dim, s->vocab_size))};
     Packed *packed = pack_weights(s, layers, 0, n_threads, &pool);
     Rollout g = {s, layers, packed, last[0], last[1], head.out, cos, sin, B, context, max_new,
                  prompts, starts, row_ids, temperature, top_p, seed, stop, tokens, counts, logps,

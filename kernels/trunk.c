@@ -10,19 +10,24 @@
  */
 #include "kernels.h"
 
-/* The instruction set that the library was compiled for. */
+/* The instruction set that the library was compiled for, and the type of its products' factors. */
 EXPORT const char *isa(void) { return ISA; }
+EXPORT const char *products(void) { return PRODUCTS; }
 
 /* 0 if a small product comes out right: tried once, in its own process, before the library is
  * used. */
-EXPORT int self_test(void) {
-    float a[7][5], b[5][19], packed[5 * (19 + NR)], c[7][19];
+EXPORT int self_test(void) { /* small whole numbers: exact in bfloat16 too */
+    float a[7][5], b[5][19], c[7][19];
+    num left[7][6], right[5][20];
+    word packed[5 * (19 + NR)];
     for (int k = 0; k < 5; k++) {
         for (int i = 0; i < 7; i++) a[i][k] = (float)(i - k);
         for (int j = 0; j < 19; j++) b[k][j] = (float)(j % 4 + k);
     }
-    pack(5, 19, b[0], 19, packed, 5 * NR);
-    gemm(7, 19, 5, rows_of(a[0], 5), packed, 5 * NR, c[0], 19, NULL, 0);
+    narrow(7, 5, a[0], 5, left[0], 6);
+    narrow(5, 19, b[0], 19, right[0], 20);
+    pack(5, 19, right[0], 20, packed, deep(5) * NR);
+    gemm(7, 19, 5, rows_of(left[0], 6), packed, deep(5) * NR, c[0], 19, NULL, 0);
     for (int i = 0; i < 7; i++)
         for (int j = 0; j < 19; j++) {
             float sum = 0;

@@ -331,6 +331,27 @@ def test_the_exported_tokenizer_gives_the_same_ids_in_transformers(tokenizer, hf
     assert theirs("a", add_special_tokens=False)["input_ids"] == tokenizer.encode("a")
 
 
+DIALOGS = [["user", " Who is Ada?\n"], ["system", "Be kind. ", "user", "Hi"],
+           ["user", "Hi", "assistant", " Hello  there ", "user", "1 + 1?"],
+           ["system", "S", "user", "a\nb", "assistant", "c", "user", "d", "assistant", "e"]]
+
+
+@pytest.mark.parametrize("dialog", DIALOGS)
+def test_the_exported_chat_template_gives_the_ids_of_encode_dialog(dialog, tokenizer, hf_folder):
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("jinja2")
+    theirs = transformers.AutoTokenizer.from_pretrained(hf_folder)
+    messages = [{"role": r, "content": c} for r, c in zip(dialog[::2], dialog[1::2])]
+    ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids == data.encode_dialog(tokenizer, messages)[0]
+
+
+def test_the_exported_chat_template_refuses_roles_out_of_turn(hf_folder):
+    transformers, jinja2 = pytest.importorskip("transformers"), pytest.importorskip("jinja2")
+    theirs = transformers.AutoTokenizer.from_pretrained(hf_folder)
+    with pytest.raises(jinja2.exceptions.TemplateError, match="take turns"):
+        theirs.apply_chat_template([{"role": "user", "content": "a"}] * 2, tokenize=False)
+
+
 def test_llama2c_tokenizer_file_holds_every_piece_and_score(tokenizer):
     content = convert.tokenizer_bin(tokenizer)
     longest, at, pieces = struct.unpack("<I", content[:4])[0], 4, []
@@ -558,6 +579,7 @@ def test_the_gguf_package_reads_every_tensor_and_all_metadata(dtype, tokenizer, 
             "llama.vocab_size": VOCAB, "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
             "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.add_bos_token": True,
+            "tokenizer.chat_template": convert.CHAT_TEMPLATE,
             "general.file_type": {"fp32": 0, "fp16": 1, "q8_0": 7, "q4_0": 2}[dtype]}
     assert {key: got[key] for key in want} == want
     assert got["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)

@@ -1,8 +1,13 @@
 """kernels/: C and PyTorch compute the same numbers, and the path taken is always said.
 
-The judge is model.py in float64. Tolerance: float32 keeps 24 bits, and a sum of a thousand products
-loses a few more, so 1e-5 relative to the largest number of a tensor is an error, not rounding; the
-PyTorch path in float32 lies at 1e-6 to 2e-6 on the same tests.
+The judge is model.py in float64. Tolerances, relative to the largest number of a tensor: float32
+keeps 24 bits, and a sum of a thousand products loses a few more, so 1e-5 is an error, not rounding;
+the PyTorch path in float32 lies at 1e-6 to 2e-6 on the same tests. bfloat16 factors keep 8 bits, so
+each is wrong by up to 1/512; errors of a sum partly cancel, those of layers add up: 2e-3 to 2e-2
+here, as under PyTorch's own autocast. A wrong index, sign or factor is an error of order 1.
+
+Both kinds of products are tested on every processor: one without the instruction for bfloat16
+computes the same sums in plain C (machine.h).
 """
 import os
 import subprocess
@@ -14,9 +19,9 @@ import torch
 
 import kernels
 import model as M
-from kernels import build
+from kernels import build, native
 
-TOLERANCE = 1e-5
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "torch": 1e-5}
 FOLDER = Path(kernels.__file__).parent
 
 try:
@@ -25,6 +30,7 @@ try:
 except OSError as e:
     COMPILED = str(e)
 needs_c = pytest.mark.skipif(bool(COMPILED), reason=COMPILED)
+PATHS = [pytest.param("float32", marks=needs_c), pytest.param("bfloat16", marks=needs_c), "torch"]
 
 #                     D  L  H KV  F   V  context: sizes that differ, and none a multiple of 8
 ODD = M.ModelConfig(36, 3, 6, 2, 53, 203, 64)
@@ -34,9 +40,25 @@ DEEP_K = M.ModelConfig(20, 1, 10, 10, 801, 67, 64)  # F beyond what a panel is c
 
 
 @pytest.fixture(autouse=True)
-def back_to_torch():
+def back_to_torch(monkeypatch):
+    monkeypatch.delenv("LLAMA_PRODUCTS", raising=False)
     yield
     kernels.choose("torch")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def products(request):
+    """The C path with either kind of products; its name."""
+    choose(request.param)
+    return request.param
+
+
+def choose(path):
+    """float32 or bfloat16 products in C, or PyTorch."""
+    if path == "torch":
+        kernels.choose("torch")
+    else:
+        kernels.choose("c", products=path)
 
 
 def network(config, seed=0, gain=3.0):
@@ -63,9 +85,9 @@ def random_tokens(config, *shape, seed=1):
     return torch.randint(0, config.vocab_size, shape, generator=rng)
 
 
-def assert_near(ours, exact, what, floor=1e-30):
+def assert_near(ours, exact, what, path, floor=1e-30):
     error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=floor)
-    assert error < TOLERANCE, f"{what}: error {error:.1e} of the largest number"
+    assert error < TOLERANCE[path], f"{what}: error {error:.1e} of the largest number"
 
 
 def trunk_and_gradients(net, tokens, lengths=None, segments=None):
@@ -85,34 +107,31 @@ def trunk_and_gradients(net, tokens, lengths=None, segments=None):
 @pytest.mark.parametrize("config, B, T", [(ODD, 4, 37), (ONE_KV, 2, 25), (SMALLEST, 3, 7),
                                           (DEEP_K, 2, 17), (ODD, 1, 1)])
 @pytest.mark.parametrize("rows", ["full", "padded", "packed", "padded and packed"])
-def test_trunk_and_all_its_gradients_are_those_of_float64(config, B, T, rows):
+def test_trunk_and_all_its_gradients_are_those_of_float64(config, B, T, rows, products):
     net, tokens = network(config), random_tokens(config, B, T)
     lengths = torch.tensor([T, 1, 0, T // 2])[:B] if "padded" in rows else None
     segments = (torch.arange(B * T).view(B, T) * 3 // T) if "packed" in rows else None
     exact = trunk_and_gradients(in_float64(net), tokens, lengths, segments)
-    kernels.choose("c")
     ours = trunk_and_gradients(net, tokens, lengths, segments)
     assert ours.keys() == exact.keys()
     floor = 1e-3 * max(v.abs().max() for v in exact.values())  # with one key, dq is 0 exactly
     for name, value in exact.items():
-        assert_near(ours[name], value, name, floor)
+        assert_near(ours[name], value, name, products, floor)
 
 
 @needs_c
-def test_segments_may_be_interleaved():
+def test_segments_may_be_interleaved(products):
     net, tokens = network(ODD), random_tokens(ODD, 2, 61)
     segments = torch.arange(2 * 61).view(2, 61) * 7 % 3  # 0 1 2 0 1 2 ...
     exact = trunk_and_gradients(in_float64(net), tokens, None, segments)
-    kernels.choose("c")
     ours = trunk_and_gradients(net, tokens, None, segments)
     for name, value in exact.items():
-        assert_near(ours[name], value, name)
+        assert_near(ours[name], value, name, products)
 
 
-@needs_c
-@pytest.mark.parametrize("kind", ["c", "torch"])
-def test_padding_reads_as_zero_and_changes_nothing(kind):
-    kernels.choose(kind)
+@pytest.mark.parametrize("path", PATHS)
+def test_padding_reads_as_zero_and_changes_nothing(path):
+    choose(path)
     net, tokens = network(ODD), random_tokens(ODD, 3, 20)
     lengths = torch.tensor([20, 4, 11])
     pad = torch.arange(20) >= lengths[:, None]
@@ -124,18 +143,16 @@ def test_padding_reads_as_zero_and_changes_nothing(kind):
 
 
 @needs_c
-def test_a_packed_row_equals_its_documents_alone():
+def test_a_packed_row_equals_its_documents_alone(products):
     """Positions go on counting in a packed row; RoPE only looks at distances, so nothing shows."""
-    kernels.choose("c")
     net, tokens = network(ODD), random_tokens(ODD, 1, 40)
     packed = kernels.trunk(net, tokens, None, torch.tensor([[0] * 13 + [1] * 27]))
     alone = torch.cat([kernels.trunk(net, tokens[:, :13]), kernels.trunk(net, tokens[:, 13:])], 1)
-    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    assert_near(packed.detach(), alone.detach().double(), "packed", products)
 
 
 @needs_c
-def test_no_token_looks_to_its_right():
-    kernels.choose("c")
+def test_no_token_looks_to_its_right(products):
     net, tokens = network(ODD), random_tokens(ODD, 1, 50)
     changed = tokens.clone()
     changed[0, 30] = (changed[0, 30] + 1) % ODD.vocab_size
@@ -144,8 +161,7 @@ def test_no_token_looks_to_its_right():
 
 
 @needs_c
-def test_the_same_call_gives_the_same_bits_on_two_threads():
-    kernels.choose("c")
+def test_the_same_call_gives_the_same_bits_on_two_threads(products):
     net, tokens = network(ODD), random_tokens(ODD, 5, 30)
     torch.set_num_threads(2)
     try:
@@ -155,12 +171,11 @@ def test_the_same_call_gives_the_same_bits_on_two_threads():
     single = trunk_and_gradients(net, tokens)
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]) and torch.equal(value, runs[2][name]), name
-        assert_near(value, single[name].double(), name)
+        assert_near(value, single[name].double(), name, products)
 
 
 @needs_c
-def test_without_gradients_the_same_bits_come_out():
-    kernels.choose("c")
+def test_without_gradients_the_same_bits_come_out(products):
     net, tokens = network(ODD), random_tokens(ODD, 2, 30)
     kept = kernels.trunk(net, tokens)
     with torch.no_grad():
@@ -168,8 +183,7 @@ def test_without_gradients_the_same_bits_come_out():
 
 
 @needs_c
-def test_frozen_parameters_get_no_gradient_and_micro_batches_add_up():
-    kernels.choose("c")
+def test_frozen_parameters_get_no_gradient_and_micro_batches_add_up(products):
     net, tokens = network(ODD), random_tokens(ODD, 4, 20)
     net.layers[1].requires_grad_(False)
     whole = trunk_and_gradients(net, tokens)
@@ -183,12 +197,11 @@ def test_frozen_parameters_get_no_gradient_and_micro_batches_add_up():
     kernels.trunk(net, tokens).sum().backward()
     for name, p in net.named_parameters():
         if p.grad is not None:
-            assert_near(twice[name], p.grad.double(), name)
+            assert_near(twice[name], p.grad.double(), name, products)
 
 
 @needs_c
-def test_a_second_backward_pass_is_refused_and_not_wrong():
-    kernels.choose("c")
+def test_a_second_backward_pass_is_refused_and_not_wrong(products):
     hidden = kernels.trunk(network(ODD), random_tokens(ODD, 2, 9))
     hidden.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
@@ -196,8 +209,7 @@ def test_a_second_backward_pass_is_refused_and_not_wrong():
 
 
 @needs_c
-def test_weights_changed_before_the_backward_pass_are_noticed():
-    kernels.choose("c")
+def test_weights_changed_before_the_backward_pass_are_noticed(products):
     net = network(ODD)
     hidden = kernels.trunk(net, random_tokens(ODD, 2, 9))
     with torch.no_grad():
@@ -207,8 +219,7 @@ def test_weights_changed_before_the_backward_pass_are_noticed():
 
 
 @needs_c
-def test_a_number_that_is_not_finite_reaches_the_loss():
-    kernels.choose("c")
+def test_a_number_that_is_not_finite_reaches_the_loss(products):
     tokens = random_tokens(ODD, 2, 9)
     for name in ("tok_embeddings.weight", "layers.1.attention.wq.weight",
                  "layers.0.feed_forward.w_gate.weight", "output.weight"):
@@ -245,7 +256,8 @@ def head_and_gradients(hidden, weight, targets, mask, temperature):
     return {"logp": logp.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("c", marks=needs_c), "torch"])
+@pytest.mark.parametrize("kept", [1 << 27, 0])  # logits that the forward pass may keep
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("B, T, D, V, every, temperature", [
     (3, 17, 36, 203, 2, 0.7),  # half of the positions
     (2, 131, 20, 131, 1, 1.0),  # more rows than one tile has, and more columns
@@ -253,7 +265,8 @@ def head_and_gradients(hidden, weight, targets, mask, temperature):
     (2, 3, 5, 1, 1, 1.0),  # one token: log p = 0
     (1, 5, 130, 515, 5, 0.1),  # a single position
 ])
-def test_log_probabilities_are_those_of_float64(kind, B, T, D, V, every, temperature, monkeypatch):
+def test_log_probabilities_are_those_of_float64(path, kept, B, T, D, V, every, temperature,
+                                                monkeypatch):
     """float64 by the definition itself; logits of order 10, so some probabilities are tiny."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, D, generator=rng)
@@ -264,31 +277,43 @@ def test_log_probabilities_are_those_of_float64(kind, B, T, D, V, every, tempera
     exact = (h @ w.t() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0] * mask
     (exact * torch.arange(B * T).cos().view(B, T)).sum().backward()
     monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 5 * V)  # PyTorch: several chunks
-    kernels.choose(kind)
+    monkeypatch.setattr(native, "LOGITS_KEPT", kept)
+    choose(path)
     ours = head_and_gradients(hidden, weight, targets.masked_fill(~mask, -100), mask, temperature)
-    assert_near(ours["logp"], exact.detach(), "logp")
-    assert_near(ours["hidden"], h.grad, "gradient of hidden")
-    assert_near(ours["weight"], w.grad, "gradient of the weight")
+    assert_near(ours["logp"], exact.detach(), "logp", path)
+    assert_near(ours["hidden"], h.grad, "gradient of hidden", path)
+    assert_near(ours["weight"], w.grad, "gradient of the weight", path)
     assert ours["logp"].dtype == torch.float32 and ours["logp"][~mask].abs().sum() == 0
     assert ours["hidden"][~mask].abs().sum() == 0
 
 
-@pytest.mark.parametrize("kind", [pytest.param("c", marks=needs_c), "torch"])
-def test_no_position_chosen_is_zero_with_a_zero_gradient(kind):
-    kernels.choose(kind)
+@pytest.mark.parametrize("path", PATHS)
+def test_no_position_chosen_is_zero_with_a_zero_gradient(path):
+    choose(path)
     got = head_and_gradients(torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3).long(),
                              torch.zeros(2, 3), 1.0)
     assert got["logp"].abs().sum() == 0 and got["hidden"].abs().sum() == 0
 
 
 @needs_c
-def test_huge_logits_neither_overflow_nor_lose_the_answer():
-    """The target's logit is 5e4 above all others: log p = 0. The least likely one: -1e5."""
-    kernels.choose("c")
+def test_a_second_backward_pass_through_the_head_gives_the_same(products):
+    """The first one gives back the logits that were kept; the second computes them again."""
+    hidden = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.randn(203, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    loss = kernels.token_logprobs(hidden, weight, random_tokens(ODD, 2, 9), torch.ones(2, 9)).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    for a, b in zip(first, second):
+        assert_near(a, b.double(), "gradient", products)
+
+
+@needs_c
+def test_huge_logits_neither_overflow_nor_lose_the_answer(products):
+    """The target's logit is 4 * 12288 above all others: log p = 0. The least likely one: -98304."""
     weight = torch.tensor([[1.0], [0.0], [-1.0]]).repeat(1, 4)
-    hidden = torch.full((1, 2, 4), 12500.0)
+    hidden = torch.full((1, 2, 4), 12288.0)
     logp = kernels.token_logprobs(hidden, weight, torch.tensor([[0, 2]]), torch.ones(1, 2))
-    assert logp.tolist() == [[0.0, -100000.0]]
+    assert logp.tolist() == [[0.0, -98304.0]]
 
 
 @needs_c
@@ -307,9 +332,9 @@ TALKER = M.ModelConfig(48, 2, 6, 3, 75, 211, 600)
 def rollouts(prompts, new, **options):
     """The same rollout by both paths."""
     net = network(TALKER, gain=6.0)  # decided enough that rounding does not choose tokens
-    kernels.choose("torch")
+    choose("torch")
     expected = kernels.rollout(net, prompts, new, **options)
-    kernels.choose("c")
+    choose("float32")
     return kernels.rollout(net, prompts, new, **options), expected
 
 
@@ -354,9 +379,8 @@ def test_a_row_ends_where_the_context_ends():
 
 
 @needs_c
-def test_a_row_draws_the_same_alone_as_in_a_batch_on_two_threads():
+def test_a_row_draws_the_same_alone_as_in_a_batch_on_two_threads(products):
     net = network(TALKER)
-    kernels.choose("c")
     prompts = [random_tokens(TALKER, n, seed=n).tolist() for n in (5, 16, 3)]
     torch.set_num_threads(2)
     try:
@@ -369,16 +393,16 @@ def test_a_row_draws_the_same_alone_as_in_a_batch_on_two_threads():
 
 
 @needs_c
-def test_rollout_and_update_agree_on_the_log_probability():
+def test_rollout_and_update_agree_on_the_log_probability(products):
     """PPO's ratio starts at 1: what the rollout says it drew is what the trainer computes."""
     net = network(TALKER)
-    kernels.choose("c")
     prompt = [4, 5, 6]
     (row,), (logp,) = kernels.rollout(net, [prompt], 50, temperature=0.8)
     tokens = torch.tensor([prompt + row])
     again = kernels.token_logprobs(kernels.trunk(net, tokens[:, :-1]), net.output.weight,
                                    tokens[:, 1:], torch.ones(1, 52), temperature=0.8)
-    torch.testing.assert_close(again[0, 2:], torch.tensor(logp), rtol=1e-4, atol=1e-4)
+    difference = (again[0, 2:] - torch.tensor(logp)).abs().max()
+    assert difference < {"float32": 1e-5, "bfloat16": 5e-3}[products]
 
 
 @needs_c
@@ -395,8 +419,17 @@ def test_rollouts_refuse_what_model_rollout_refuses():
 
 
 @needs_c
-def test_the_line_says_which_path():
-    assert kernels.choose("c").startswith("kernels: C (")
+def test_the_line_says_which_path(monkeypatch):
+    fastest = build.fastest_products()
+    assert f", {fastest} products, " in kernels.choose("c")
+    for products in build.PRODUCTS:
+        assert f", {products} products, " in kernels.choose("auto", products=products)
+        monkeypatch.setenv("LLAMA_PRODUCTS", products)
+        assert f", {products} products, " in kernels.choose("auto")
+    monkeypatch.setenv("LLAMA_PRODUCTS", "float8")
+    with pytest.raises(ValueError, match="LLAMA_PRODUCTS=float8: choose auto, float32 or bfloat16"):
+        kernels.choose("auto")
+    monkeypatch.delenv("LLAMA_PRODUCTS")
     assert kernels.choose("torch") == "kernels: PyTorch, as asked"
     assert "not on cuda" in kernels.choose("auto", "cuda")
     with pytest.raises(ValueError, match="not on cuda"):
@@ -418,6 +451,26 @@ def test_a_model_that_c_cannot_take_runs_in_pytorch_and_says_so_once(capsys):
     assert kernels.trunk(net, tokens).dtype == torch.float64
     kernels.trunk(net, tokens)
     assert capsys.readouterr().out.count("float64 on cpu") == 1
+
+
+@needs_c
+@pytest.mark.parametrize("cut", [lambda h: h[:, 1:], lambda h: h[::2], lambda h: h[..., 2:38],
+                                 lambda h: h.transpose(0, 1)])
+def test_hidden_states_may_be_a_slice_of_something_larger(cut, products, capsys):
+    """Equal to the bit to a contiguous copy, gradients included, and without a fall-back line."""
+    hidden = torch.randn(4, 9, 40, generator=torch.Generator().manual_seed(0))
+    shape = cut(hidden).shape
+    weight = torch.randn(23, shape[-1], generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(2 * shape[0] * shape[1]).view(shape[0], -1)[:, ::2] % 23  # strided too
+    mask = torch.arange(2 * shape[0] * shape[1]).view(shape[0], -1)[:, ::2] % 3
+    results = []
+    for copied in (lambda t: t, torch.Tensor.contiguous):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp = kernels.token_logprobs(copied(cut(h)), w, copied(targets), copied(mask))
+        (logp * logp).sum().backward()
+        results.append((logp.detach(), h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert capsys.readouterr().out == ""
 
 
 CRASHES = "#!/bin/sh\nkill -SEGV $$\n"

@@ -72,6 +72,15 @@ def test_config_refuses_sizes_below_one_by_name(field, value):
         replace(SIZES, **{field: value})
 
 
+@pytest.mark.parametrize("field, value", [("dim", 48.0), ("n_layers", "3"), ("vocab_size", True),
+                                          ("max_seq_len", None), ("norm_eps", "1e-5"),
+                                          ("norm_eps", 0.0), ("rope_theta", math.nan)])
+def test_config_refuses_values_of_the_wrong_type_by_name(field, value):
+    """A configuration comes out of a file, where anything may stand."""
+    with pytest.raises(ValueError, match=f"{field} must be .*{value!r}"):
+        replace(SIZES, **{field: value})
+
+
 @pytest.mark.parametrize("dim, multiple_of, multiplier, width", [
     (4096, 256, None, 11008), (5120, 256, None, 13824), (8192, 256, 1.0, 22016),
     (8192, 4096, 1.3, 28672),
@@ -1255,7 +1264,7 @@ def test_a_folder_is_not_called_missing(tmp_path):
     assert "--to own" in error_of(tmp_path)
 
 
-@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.3, 0.5, 0.9, 0.999])
 def test_a_truncated_checkpoint_is_one_line(saved, part):
     whole = saved.read_bytes()
     saved.write_bytes(whole[:int(len(whole) * part)])
@@ -1320,6 +1329,12 @@ def test_a_wrong_shape_is_named_with_both_shapes(saved):
     assert "layers.1.attention.wk.weight has shape (48, 16)" in words and "(16, 48)" in words
 
 
+@pytest.mark.parametrize("value, kind", [(3, "int"), (torch.ones(48, dtype=torch.int64), "int64")])
+def test_a_weight_that_is_no_floating_point_tensor_is_named(saved, value, kind):
+    words = error_of(edited(saved, lambda d: d["weights"].update({"norm.weight": value})))
+    assert "norm.weight is" in words and kind in words
+
+
 def test_assemble_uses_the_given_tensors_without_copying():
     weights = llama(SMALL).state_dict()
     net = M.assemble(SMALL, weights, "memory")
@@ -1377,7 +1392,7 @@ def test_a_foreign_resume_state_says_delete_it(saved, value):
 
 def test_a_damaged_resume_state_is_one_line(saved):
     saved.write_bytes(saved.read_bytes()[:1000])
-    error_of(saved, M.load_state)
+    assert "delete it to start afresh" in error_of(saved, M.load_state)
 
 
 # ------------------------------------------------------------------------------------- devices
@@ -1498,7 +1513,7 @@ def test_help_is_the_config_block_itself(capsys):
     assert e.value.code == 0 and "What model.py promises" in text
     for part in ("--max-steps INT", "optimizer steps; 100% of them (default: 5)", "--lr FLOAT",
                  "peak; paper: 3e-4 (Table 1) (default: 0.0003)", "--data STR",
-                 "path; None: the tiny world (default: None)", "--limit INT", "--no-shuffle",
+                 "path; None: the tiny world --limit", "--limit INT rows --resume", "--no-shuffle",
                  "{auto,c,torch}", "every epoch (default: True)"):
         assert part in text, part
 
@@ -1523,6 +1538,7 @@ def test_run_gives_main_the_config(monkeypatch):
 
 @pytest.mark.parametrize("error, code, line", [
     (ValueError("rows.jsonl:3: no prompt"), 2, "stage.py: rows.jsonl:3: no prompt\n"),
+    (ValueError("unknown name 'a\nb'"), 2, "stage.py: unknown name 'a b'\n"),
     (FileNotFoundError("a.pt does not exist"), 2, "stage.py: a.pt does not exist\n"),
     (OSError("disk full"), 2, "stage.py: disk full\n"),
     (FloatingPointError("loss is nan at step 3"), 1, "stage.py: loss is nan at step 3\n"),

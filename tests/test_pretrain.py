@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +254,38 @@ def test_sigkill_in_the_middle_of_a_write_loses_nothing(book, tmp_path):
     assert losses(out) == losses(tmp_path / "whole")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_sigkill_at_ten_random_moments_changes_no_bit(book, tmp_path):
+    """60 steps, a state after every third, ten kills: the lines and weights of a run left alone."""
+    flags = dict(tokens=60 * 4 * 32, save_every=3, evaluate_every=20)
+    main(tiny(book, tmp_path / "whole", **flags))
+    out, rng, progress = tmp_path / "killed", random.Random(0), []
+    log = out / "pretrain.jsonl"
+
+    def lines() -> int:
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    for moment in sorted(rng.uniform(0, 58) for _ in range(10)):  # steps done when the kill comes
+        child = os.fork()
+        if child == 0:
+            try:
+                main(tiny(book, out, resume=True, **flags))
+            finally:
+                os._exit(0)  # without pytest's own ending
+        while lines() < moment and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))  # anywhere in a step, in a write, or between them
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the run ended before the kill"
+        progress.append(lines())
+    assert 0 < progress[1] < progress[-1] < 61 and (out / "pretrain.state.pt").exists(), progress
+    main(tiny(book, out, resume=True, **flags))
+    assert losses(out) == losses(tmp_path / "whole")
+    whole, cut = (M.load(o / "pretrain.pt", "cpu")[0] for o in (tmp_path / "whole", out))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
+
+
 # ---- what a user gets wrong
 
 @pytest.mark.parametrize("flags, says", [
@@ -259,6 +294,13 @@ def test_sigkill_in_the_middle_of_a_write_loses_nothing(book, tmp_path):
     (["--batchsize", "4"], "did you mean --batch-size"),
     (["--seq-len", "4096"], "context of tiny is 512"),
     (["--batch-size", "0"], "give 1 or more"),
+    (["--log-every", "0"], "--log-every 0: give 1 or more"),
+    (["--tokens", "nan"], "--tokens nan: give 1 or more"),
+    (["--minutes", "inf"], "--minutes inf: give 0 or more"),
+    (["--lr", "-0.1"], "--lr -0.1: give 0 or more"),
+    (["--clip", "0"], "--clip 0: give 1e-06 or more"),
+    (["--vocab-size", "-5"], "--vocab-size -5: give 0 or more"),
+    (["--seed", "-1"], "--seed -1: give 0 or more"),
     (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--tokenizer", "none.model"], "none.model"),
     (["--tp", "2"], "torchrun"),

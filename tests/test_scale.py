@@ -293,6 +293,157 @@ def test_without_torchrun_nothing_distributed_is_imported():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+# ------------------------------------------------------------------------------ the five stages
+
+SHAPE = M.ModelConfig(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=28, vocab_size=320,
+                      max_seq_len=128)
+LINES = [f"the {a} {b} saw {c} birds." for a in ("red", "old") for b in ("fox", "cow", "hen")
+         for c in range(10, 30)]
+
+
+def write_rows(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory) -> Path:
+    """A folder with rows for every stage, and checkpoints of a toy that often says EOS."""
+    folder = tmp_path_factory.mktemp("kit")
+    tags = ["[INST] the cow [/INST] the hen <<SYS>> <</SYS>>"] * 20
+    tokenizer = data.Tokenizer(data.train_tokenizer(LINES + tags, 320))
+    for seed, name in enumerate(("pretrain", "sft", "ppo", "reward_helpful", "reward_safety")):
+        scalar = name.startswith("reward")
+        model = M.Llama(replace(SHAPE, vocab_size=tokenizer.vocab_size, scalar_head=scalar))
+        model.init_weights(seed)
+        with torch.no_grad():
+            model.tok_embeddings.weight[:, 0] = 0.5
+            if not scalar:  # answers differ, and end about every tenth token
+                model.output.weight.mul_(20)
+                model.output.weight[:, 0] = 0
+                model.output.weight[tokenizer.eos_id, 0] = 1.0
+        M.save(folder / f"{name}.pt", model, name, tokenizer.model_bytes, {"threshold": 0.4})
+    (folder / "book.txt").write_text(" ".join(LINES * 4))
+    write_rows(folder / "dialogs.jsonl", [{"question": f"what did number {i % 9} see?",
+                                           "answer": line} for i, line in enumerate(LINES)])
+    sides = [{side: [{"role": "user", "content": f"say {i % 7}"},
+                     {"role": "assistant", "content": LINES[(i * k) % len(LINES)]}]
+              for side, k in (("chosen", 1), ("rejected", 7))} for i in range(1, 60)]
+    for i, row in enumerate(sides):
+        row["rating"] = data.RATINGS[i % 4]
+        if i % 2:
+            row |= {"chosen_safe": True, "rejected_safe": bool(i % 4 == 1)}
+    write_rows(folder / "pairs.jsonl", sides[:40])
+    write_rows(folder / "pairs_test.jsonl", [{**row, "chosen": [{"role": "user", "content": "do"},
+        row["chosen"][1]], "rejected": [{"role": "user", "content": "do"}, row["rejected"][1]]}
+        for row in sides[40:]])
+    write_rows(folder / "prompts.jsonl", [{"prompt": f"what did {a} see?", "is_safety": i % 3 == 0}
+                                          for i, a in enumerate(LINES[:40])])
+    write_rows(folder / "rules.jsonl", [{"instruction": f"Say {c}.", "contains": [c]}
+                                        for c in "aeithonsrd"])
+    return folder
+
+
+def flags_of(stage: str, kit: Path, out: Path, **more) -> dict:
+    """The Config of a short run of a stage on the kit, in the folder `out`."""
+    own = {
+        "pretrain": dict(data=str(kit / "book.txt"), vocab_size=320, tokens=5 * 4 * 32,
+                         batch_size=4, micro_batch=1, seq_len=32, lr=1e-3, warmup_steps=2,
+                         log_every=1),
+        "sft": dict(checkpoint=str(kit / "pretrain.pt"), data=str(kit / "dialogs.jsonl"), epochs=1,
+                    seq_len=64, batch_size=8, micro_batch=2, lr=1e-3, log_every=1),
+        "reward": dict(checkpoint=str(kit / "sft.pt"), batch_size=8, micro_batch=2, lr=1e-3,
+                       data=f"{kit / 'pairs.jsonl'},{kit / 'pairs_test.jsonl'}", log_every=1),
+        "ppo": dict(checkpoint=str(kit / "sft.pt"), data=str(kit / "prompts.jsonl"), rounds=1,
+                    prompts=6, samples=3, comparisons=0, iterations=2, batch_size=8, minibatch=8,
+                    rs_lr=1e-3, lr=1e-3, beta=0.1, max_new_tokens=8),
+        "gatt": dict(checkpoint=str(kit / "ppo.pt"), data=str(kit / "dialogs.jsonl"), replay=6,
+                     instructions=str(kit / "rules.jsonl"), dialogues=12, eval_prompts=2, lr=1e-3,
+                     batch_size=8, micro_batch=2, seq_len=64, max_new_tokens=16, epochs=3)}[stage]
+    out.mkdir(exist_ok=True)
+    if stage == "ppo":
+        for which in ("helpful", "safety"):
+            name = f"reward_{which}.pt"
+            (out / name).exists() or os.link(kit / name, out / name)
+    return {**own, "out": str(out), "kernels": "torch", "device": "cpu", **more}
+
+
+def run_stage(stage: str, flags: dict, answers: list | None = None) -> list:
+    """The stage as a rank runs it; answers: of an earlier run of ppo.py, to be used again."""
+    module = __import__(stage)
+    original, said = getattr(module, "answer", None), []
+
+    def recorded(*arguments, **options):
+        said.append(original(*arguments, **options) if answers is None else answers[len(said)])
+        return said[-1]
+
+    if stage == "ppo":
+        module.answer = recorded
+    try:
+        module.main(module.Config(**flags))
+    finally:
+        if stage == "ppo":
+            module.answer = original
+    return said
+
+
+def logged(out: Path, stage: str) -> list[dict]:
+    """The numbers of a run's log that do not depend on the clock."""
+    rows = [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if isinstance(v, float) and k not in
+             ("tokens_per_s", "of_peak")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone(kit, tmp_path_factory):
+    """alone(stage): (log, answers) of a single process, made once."""
+    @functools.cache
+    def make(stage: str):
+        out = tmp_path_factory.mktemp(stage)
+        answers = run_stage(stage, flags_of(stage, kit, out))
+        return logged(out, stage), answers
+    return make
+
+
+@pytest.fixture
+def small_tiny(monkeypatch):
+    monkeypatch.setitem(M.PRESETS, "tiny", replace(SHAPE, vocab_size=320))
+
+
+def check_stage(stage, size, tp, recompute, kit, alone, tmp_path) -> None:
+    expected, answers = alone(stage)
+    flags = flags_of(stage, kit, tmp_path / "out", tp=tp, recompute=recompute)
+    ranks(size, tmp_path / "r", run_stage, stage, flags, answers or None)
+    found = logged(tmp_path / "out", stage)
+    assert len(found) == len(expected) > 1
+    for a, b in zip(found, expected):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_sft_on_two_ranks_logs_the_numbers_of_one(kit, alone, tmp_path):
+    check_stage("sft", 2, 1, False, kit, alone, tmp_path)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo", "gatt"])
+@pytest.mark.parametrize("size, tp", [(2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_stage_logs_the_numbers_of_a_single_process(stage, size, tp, recompute, kit, alone,
+                                                          small_tiny, tmp_path):
+    """Losses, gradient norms, accuracies, KL and rewards within 1e-5; PPO on recorded answers."""
+    check_stage(stage, size, tp, recompute, kit, alone, tmp_path)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("tp", [1, 2])
+def test_ppo_with_fresh_answers_starts_at_ratio_1_and_kl_0(kit, tmp_path, tp):
+    ranks(2, tmp_path / "r", run_stage, "ppo", flags_of("ppo", kit, tmp_path / "out", tp=tp))
+    first = next(row for row in logged(tmp_path / "out", "ppo") if "ratio" in row)
+    assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["clip_frac"] == 0
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert first["kl_k3"] == pytest.approx(0, abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------- checkpoints
 
 
@@ -562,12 +713,64 @@ def test_the_plan_of_what_fits_fits():
 def test_ppo_holds_six_models_and_its_cache():
     """Two trained: 16 bytes per weight each; four frozen: 4 each. One rank keeps all."""
     N = M.count_parameters(M.PRESETS["7b"])
-    run = scale.Run(M.PRESETS["7b"], 8, 4096, 1, trained=2, frozen=4, cache_tokens=10**9)
+    run = scale.Run(M.PRESETS["7b"], 8, 4096, trained=2, frozen=4, rollouts=500)
     parts = run.memory()
     assert parts["weights"] + parts["optimizer"] == 2 * 12 * N
     assert parts["frozen models"] == 4 * 4 * N
-    assert parts["KV cache"] == 10**9 * 2 * 32 * 4096 * 2
-    assert "2 trained and 4 frozen" in scale.dry_run(M.PRESETS["7b"], 8, 4096, 1, ppo=True)
+    assert parts["KV cache"] == 500 * 4096 * 2 * 32 * 4096 * 2
+    assert "2 trained and 4 frozen" in scale.dry_run(M.PRESETS["7b"], 8, 4096, rollouts=500)
+
+
+@pytest.mark.parametrize("stage, shown", [
+    ("pretrain", "68,976,648,192 parameters|1024 rows x 4096|hours of one; the paper's Table 2: 1"),
+    ("sft", "68,976,648,192 parameters|64 rows x 4096"),
+    ("reward", "68,714,512,384 parameters|512 rows x 2 x 4096"),
+    ("ppo", "2 trained and 4 frozen models|64 rows x 4096|512 answers an iteration"),
+    ("gatt", "68,976,648,192 parameters|64 rows x 4096")])
+def test_dry_run_of_a_preset_needs_no_checkpoint_and_takes_the_papers_batch(stage, shown, tmp_path,
+                                                                            capsys):
+    module = __import__(stage)
+    flags = ["--model", "70b", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "none")]
+    assert module.main(M.cli(module.Config, flags)) == {}
+    text = capsys.readouterr().out
+    assert all(part in text for part in shown.split("|")), text
+    assert "does not fit" in text and not (tmp_path / "none").exists()
+    batch = "minibatch" if stage == "ppo" else "batch-size"
+    module.main(M.cli(module.Config, [*flags, f"--{batch}", "16"]))  # 16 is a default elsewhere
+    assert "16 rows x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, paper", [
+    ("pretrain", dict(tokens=2e12, batch_size=1024, seq_len=4096, warmup_steps=2000,
+                      weight_decay=0.1, clip=1.0)),  # [L2 §2.2, Table 1]
+    ("sft", dict(batch_size=64, seq_len=4096, epochs=2, weight_decay=0.1)),  # §3.1
+    ("reward", dict(batch_size=512)),  # §3.2.2
+    ("ppo", dict(iterations=400, batch_size=512, minibatch=64)),  # §3.2.3
+    ("gatt", dict(batch_size=64, seq_len=4096))])
+def test_from_7b_on_a_stage_has_the_papers_hyperparameters(stage, paper):
+    """And below it, and for a flag that is given, its own."""
+    module = __import__(stage)
+    toy, big = (M.at_size(module.Config(), module.PAPER, dim) for dim in (128, 4096))
+    assert {k: getattr(big, k) for k in paper} == paper and toy == module.Config()
+    given = M.cli(module.Config, ["--batch-size", str(module.Config.batch_size)])
+    assert M.at_size(given, module.PAPER, 4096).batch_size == module.Config.batch_size
+
+
+def test_learning_rates_from_7b_on_are_the_papers():
+    import gatt, ppo, pretrain, reward, sft
+    for name, pre, rm, beta in (("7b", 3e-4, 1e-5, 0.01), ("13b", 3e-4, 1e-5, 0.01),
+                                ("34b", 1.5e-4, 1e-5, 0.005), ("70b", 1.5e-4, 5e-6, 0.005)):
+        dim = M.PRESETS[name].dim
+        assert pretrain.LEARNING_RATE[name] == pre and reward.default_lr(M.PRESETS[name]) == rm
+        assert sft.default_lr(dim) == gatt.default_lr(dim) == 2e-5
+        cfg = ppo.settings(ppo.Config(), M.PRESETS[name].dim)
+        assert (cfg.rs_lr, cfg.lr, cfg.beta) == (2e-5, 1e-6, beta)
+
+
+def test_a_preset_that_is_not_the_checkpoints_is_one_clear_error(kit):
+    import sft
+    with pytest.raises(ValueError, match=r"--model 7b: .*sft.pt has another shape \(dim 24, 2 lay"):
+        sft.main(sft.Config(model="7b", checkpoint=str(kit / "sft.pt")))
 
 
 def test_dry_run_allocates_nothing():
@@ -631,13 +834,12 @@ def small_pieces(monkeypatch):
 def test_tokenising_in_parallel_equals_encoding_in_order(shards, small_pieces):
     folder, texts, cfg = shards
     scale.tokenise(cfg)
-    stream = scale.TokenStream(cfg.out)
+    stream, val, tokenizer = scale.read_shards(cfg.out, held_out=0)
     whole = data.encode_texts(data.Tokenizer(folder / "t.model"), texts)
-    assert len(stream.parts) > 3 and len(stream) == len(whole)
+    assert len(stream.pieces) > 3 and len(stream) == len(whole) and len(val) == 0
     for a, b in ((0, len(whole)), (5, 17), (len(whole) // 3, len(whole) // 3 * 2), (9, 9)):
         assert np.array_equal(stream[a:b], whole[a:b])
-    assert stream.tokenizer == (folder / "t.model").read_bytes()
-    assert len(stream.head(100)) == 100 and np.array_equal(stream.head(100)[90:200], whole[90:100])
+    assert tokenizer == (folder / "t.model").read_bytes()
 
 
 def test_tokenising_again_skips_what_is_there_and_restores_what_is_missing(shards, small_pieces):
@@ -645,6 +847,8 @@ def test_tokenising_again_skips_what_is_there_and_restores_what_is_missing(shard
     scale.tokenise(cfg)
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(cfg.out).glob("*.bin")}
     (Path(cfg.out) / "00000001.bin").unlink()
+    with pytest.raises(ValueError, match="00000001.bin has 0 bytes"):
+        scale.read_shards(cfg.out)
     scale.tokenise(cfg)
     for path in Path(cfg.out).glob("*.bin"):
         content, written = before[path.name]
@@ -656,23 +860,54 @@ def test_an_unfinished_or_foreign_folder_is_refused(shards, small_pieces, tmp_pa
     folder, _, cfg = shards
     scale.tokenise(cfg)
     with pytest.raises(FileNotFoundError, match="scale.py tokenise"):
-        scale.TokenStream(str(tmp_path))
+        scale.read_shards(str(tmp_path))
     with pytest.raises(ValueError, match="another text, tokenizer or size"):
         scale.tokenise(replace(cfg, shard_megabytes=2))
     manifest = Path(cfg.out) / "shards.json"
     text = manifest.read_text()
-    manifest.write_text(json.dumps({**json.loads(text), "files": []}))
+    manifest.write_text(json.dumps({**json.loads(text), "files": {}}))
     with pytest.raises(ValueError, match="unfinished"):
-        scale.TokenStream(cfg.out)
+        scale.read_shards(cfg.out)
     manifest.write_text(text)
 
 
-def test_a_mixture_repeats_a_source_by_its_weight(shards, small_pieces):
+def test_a_mixture_repeats_a_source_by_its_weight_and_never_what_is_held_out(shards, small_pieces):
     _, _, cfg = shards
     scale.tokenise(cfg)
-    once = len(scale.TokenStream(cfg.out))
-    assert len(scale.TokenStream(f"{cfg.out}=2,{cfg.out}")) == 3 * once
-    assert len(scale.TokenStream(f"{cfg.out}=1.5")) == pytest.approx(1.5 * once, rel=0.01)
+    (once, val, _), all_of_it = scale.read_shards(cfg.out), scale.read_shards(cfg.out, 0)[0]
+    assert len(val) == len(all_of_it) // 10
+    assert np.array_equal(np.concatenate([once[:], val[:]]), all_of_it[:])
+    twice = scale.read_shards(f"{cfg.out}=2")[0]
+    assert np.array_equal(twice[:], np.concatenate([once[:], once[:]]))
+    assert len(scale.read_shards(f"{cfg.out}=2,{cfg.out}")[0]) == 3 * len(once)
+    assert len(scale.read_shards(f"{cfg.out}=1.5")[0]) == pytest.approx(1.5 * len(once), rel=0.01)
+    for weight in ("x", "0", "-1", "nan"):
+        with pytest.raises(ValueError, match="a weight is a number above 0"):
+            scale.read_shards(f"{cfg.out}={weight}")
+
+
+def test_pretraining_reads_shards_in_the_order_of_the_permutation(shards, small_pieces, tmp_path,
+                                                                  monkeypatch):
+    """Rows of the batches are those stretches of the mixture that `permuted` names."""
+    import pretrain
+    _, _, cfg = shards
+    scale.tokenise(cfg)
+    seen, original = [], pretrain.batch_at
+
+    def watched(*arguments):
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(pretrain, "batch_at", watched)
+    monkeypatch.setitem(M.PRESETS, "tiny", SHAPE)
+    final = pretrain.main(pretrain.Config(
+        data=f"{cfg.out}=2", out=str(tmp_path), tokens=3 * 4 * 16, batch_size=4, micro_batch=4,
+        seq_len=16, seed=5, kernels="torch", device="cpu"))
+    stream = scale.read_shards(f"{cfg.out}=2")[0]
+    count = (len(stream) - 1) // 16
+    starts = 16 * scale.permuted(np.arange(12), count, 5, 0)
+    assert np.array_equal(torch.cat(seen), [stream[a:a + 17] for a in starts])
+    assert 0 < final["val_bits_per_byte"] < 20
 
 
 def test_plan_prints_what_it_needs(capsys):

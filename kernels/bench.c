@@ -1,0 +1,131 @@
+/* Each kernel alone, for `python -m kernels`, which checks it against float64 and times it.
+ *
+ * A function runs its kernel `repeat` times on the same buffers, so a timed call finds its numbers
+ * in this core's caches, as the trunk does. The caller starts one thread per core, each with
+ * buffers of its own. Training and generation use nothing of this file.
+ */
+#include "kernels.h"
+
+/* ------------------------------------------------------------------------ what the machine can */
+
+/* The most multiply-adds a core can do: MR * NV independent sums, as a tile of the product has
+ * them, and no memory. 2 * MR * NV * VLEN operations a round; out (MR, NR) keeps it from being
+ * optimised away. Returns the operations of one round. */
+EXPORT int bench_multiply_add(long repeat, float *out) {
+    vec sum[MR][NV];
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) sum[i][j] = load(out + i * NR + j * VLEN);
+    vec half = sum[0][0] * 0 + 0.5f, one = half + half;
+    for (long r = 0; r < repeat; r++)
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NV; j++) sum[i][j] = sum[i][j] * half + one;
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) store(out + i * NR + j * VLEN, sum[i][j]);
+    return 2 * MR * NV * VLEN;
+}
+
+/* Read p (n) from front to back, n a multiple of 8 VLEN; out (VLEN): the sums. */
+EXPORT int bench_read(long repeat, long n, const float *p, float *out) {
+    vec sum[8] = {{0}};
+    for (long r = 0; r < repeat; r++)
+        for (long i = 0; i < n; i += 8 * VLEN)
+            for (int j = 0; j < 8; j++) sum[j] += load(p + i + j * VLEN);
+    for (int j = 1; j < 8; j++) sum[0] += sum[j];
+    store(out, sum[0]);
+    return 0;
+}
+
+/* Copy from (n) to (n), n a multiple of 8 VLEN: reads and writes in equal parts. */
+EXPORT int bench_copy(long repeat, long n, const float *from, float *to) {
+    for (long r = 0; r < repeat; r++) {
+        for (long i = 0; i < n; i += VLEN) store(to + i, load(from + i));
+        __asm__ volatile("" ::: "memory"); /* every round counts */
+    }
+    return 0;
+}
+
+/* -------------------------------------------------------------------------------- the kernels */
+
+/* c (M, N) = a b in one of the three forms of a training step:
+ *     0  forward   y = x w^T    a (M, K), b (N, K): w, packed before the clock that repeat is
+ *     1  to x      dx = dy w    a (M, K), b (K, N): w, packed before too
+ *     2  to w      dw = dy^T x  a (K, M), b (K, N): both packed in every round
+ * Returns 0, or -1 when memory is short; so do all below. */
+EXPORT int bench_product(long repeat, int form, long M, long N, long K, const float *a,
+                         const float *b, float *c) {
+    Pool pool = {.n = 0};
+    float *right = grab(&pool, panels(K, N)), *left = grab(&pool, K * round_up(M, MR));
+    int failed = pool.failed;
+    if (!failed && form == 0) pack_transposed(K, N, b, K, right, K * NR);
+    if (!failed && form == 1) pack(K, N, b, N, right, K * NR);
+    for (long r = 0; r < repeat && !failed; r++) {
+        if (form == 2) {
+            pack_left(K, M, a, M, left);
+            pack(K, N, b, N, right, K * NR);
+        }
+        gemm(M, N, K, form == 2 ? packed_columns(left, K) : rows_of(a, K), right, K * NR, c, N,
+             NULL, 0);
+    }
+    release(&pool);
+    return failed ? -1 : 0;
+}
+
+EXPORT int bench_rmsnorm(long repeat, long T, long D, const float *x, const float *w, float eps,
+                         float *y, float *scale) {
+    for (long r = 0; r < repeat; r++) rmsnorm(T, D, x, w, eps, y, scale);
+    return 0;
+}
+
+/* dx and dw are added to. */
+EXPORT int bench_rmsnorm_backward(long repeat, long T, long D, const float *x, const float *w,
+                                  const float *scale, const float *dy, float *dx, float *dw) {
+    for (long r = 0; r < repeat; r++) rmsnorm_backward(T, D, x, w, scale, dy, dx, dw);
+    return 0;
+}
+
+/* qkv (T, D + 2 KV hd) is turned in place: `repeat` times as far. */
+EXPORT int bench_rope(long repeat, const Shape *s, long T, float *qkv, const float *cos,
+                      const float *sin, float direction) {
+    for (long r = 0; r < repeat; r++) rope(s, T, qkv, cos, sin, direction);
+    return 0;
+}
+
+EXPORT int bench_swiglu(long repeat, long T, long F, const float *gu, float *a) {
+    for (long r = 0; r < repeat; r++) swiglu(T, F, gu, a);
+    return 0;
+}
+
+EXPORT int bench_swiglu_backward(long repeat, long T, long F, const float *gu, const float *da,
+                                 float *a, float *dgu) {
+    for (long r = 0; r < repeat; r++) swiglu_backward(T, F, gu, da, a, dgu);
+    return 0;
+}
+
+/* out (T, D), log_sum (H, T) from qkv, rotated already; packing of keys and values included. */
+EXPORT int bench_attention(long repeat, const Shape *s, long T, const float *qkv, float *out,
+                           float *log_sum) {
+    Pool pool = {.n = 0};
+    Forward f = forward_buffers(s, T, &pool);
+    int failed = pool.failed;
+    for (long r = 0; r < repeat && !failed; r++) {
+        fill_keys(s, T, qkv, &f.keys);
+        attention(s, T, qkv, &f.keys, NULL, out, log_sum, f.z);
+    }
+    release(&pool);
+    return failed ? -1 : 0;
+}
+
+/* dqkv from d_out (T, D), with out and log_sum of the forward pass. */
+EXPORT int bench_attention_backward(long repeat, const Shape *s, long T, const float *qkv,
+                                    const float *out, const float *log_sum, const float *d_out,
+                                    float *dqkv) {
+    Pool pool = {.n = 0};
+    Backward w = backward_buffers(s, T, &pool);
+    int failed = pool.failed;
+    for (long r = 0; r < repeat && !failed; r++) {
+        fill_keys(s, T, qkv, &w.keys);
+        attention_backward(s, T, qkv, &w.keys, NULL, out, log_sum, d_out, dqkv, w.scratch);
+    }
+    release(&pool);
+    return failed ? -1 : 0;
+}

@@ -1,0 +1,225 @@
+"""python -m kernels: what it checks, what it prints, how it referees; never how fast."""
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+import kernels.__main__ as bench
+from kernels import build, native, ops, peers
+
+try:
+    build.load_library()
+    COMPILED = ""
+except OSError as e:
+    COMPILED = str(e)
+needs_c = pytest.mark.skipif(bool(COMPILED), reason=COMPILED)
+
+QUICK = dict(quick=True, peers=False)
+TINY, ROWS = peers.SHAPES["tiny test"]
+JOB = peers.Job(TINY, ROWS, prompt=8, new=5, threads=1, seconds=0.01, folder="")
+
+
+@pytest.fixture(autouse=True)
+def back_to_torch():
+    yield
+    kernels.choose("torch")
+
+
+# ------------------------------------------------------------------------------------- check
+
+
+@needs_c
+def test_every_kernel_is_checked_and_right(capsys):
+    bench.main(bench.Config(parts="check", **QUICK))
+    out = capsys.readouterr().out
+    assert "WRONG" not in out
+    for name in ("product gate, gradient of w", "rmsnorm, backward", "rope", "swiglu, backward",
+                 "attention, backward", "head, forward and backward",
+                 "trunk, forward and backward, bfloat16", "rollout", "decoding in fp32",
+                 "decoding in int4"):
+        assert f"\n{name}" in out, name
+
+
+@needs_c
+def test_a_kernel_that_is_off_by_a_ten_thousandth_is_found(monkeypatch, capsys):
+    right, sizes = native.token_logprobs, bench.CHECKED
+    monkeypatch.setattr(bench, "CHECKED", {"smallest": sizes["smallest"]})
+    monkeypatch.setattr(native, "token_logprobs", lambda *given: right(*given) * 1.0001)
+    with pytest.raises(SystemExit) as end:
+        bench.main(bench.Config(parts="check", **QUICK))
+    out, err = capsys.readouterr()
+    assert end.value.code == 1 and err == "2 kernels are WRONG\n"
+    wrong = [line[:4] for line in out.splitlines() if "WRONG" in line]
+    assert wrong == ["head", "head"]
+
+
+def test_an_error_is_a_share_of_its_tensors_largest_number():
+    """0.5 of 10 is 5%; where a tensor is 0 beside its sister of 10, 0.01 counts as one."""
+    ten, zero = torch.tensor([10.0, 1.0]).double(), torch.zeros(2).double()
+    assert bench.error([ten - 0.5], [ten]) == pytest.approx(0.05)
+    assert bench.error([ten, zero + 1e-4], [ten, zero]) == pytest.approx(0.01)
+
+
+def test_a_number_that_is_not_finite_is_wrong():
+    e = bench.error([torch.tensor([float("nan"), 1.0])], [torch.tensor([1.0, 1.0]).double()])
+    assert not e < bench.TOLERANCE["bfloat16"]
+
+
+# ------------------------------------------------------------------------------ limits and ops
+
+
+@needs_c
+def test_each_kernel_stands_beside_a_limit_and_pytorch(capsys):
+    bench.main(bench.Config(parts="limits,ops", **QUICK))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("repeat: python -m kernels")
+    assert any("multiply-adds in registers" in line and line.endswith("100%") for line in lines)
+    assert sum("GB/s read" in line for line in lines) == len(bench.PLACES)
+    table = [line for line in lines if line.endswith("x") and "/s" in line]
+    assert len(table) == len(ops.all_ops(TINY, ROWS, TINY.max_seq_len))
+    assert sum("GB/s" in line for line in table) == 5  # norm, rope and swiglu only move numbers
+
+
+def test_the_rate_is_the_work_over_the_time_of_all_repetitions(monkeypatch):
+    """A function of 0.25 s by a clock of our own, asked for a second: 3 units per 0.25 s = 12."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def work(repeat):
+        clock[0] += 0.25 * repeat
+
+    assert bench.rate(work, 3, 1.0) == pytest.approx(12)
+
+
+# --------------------------------------------------------------------------------- whole tasks
+
+
+OURS = [(task, entry) for tasks in peers.TASKS.values() for task, (_, entries) in tasks.items()
+        for entry in entries if entry.package is None and entry.name != "ours, C float32"]
+
+
+@pytest.mark.parametrize("task, entry", [pytest.param(*o, id=f"{o[0]}, {o[1].name}") for o in OURS])
+def test_our_contestants_work_and_say_how_much(task, entry):
+    """tokens of a step 2 x 32; answers of 5 tokens, 2 at once or 1; a pair; an iteration."""
+    if COMPILED and "C" in entry.name:
+        pytest.skip(COMPILED)
+    done = []
+
+    def tick(amount):
+        done.append(amount)
+        if len(done) == 2:
+            raise peers.Finished
+
+    rows = 1 if task == "decoding" else ROWS
+    with pytest.raises(peers.Finished):
+        entry.function(tick, replace(JOB, rows=rows, **entry.options))
+    assert done == 2 * [{"training step": 64, "rollouts": 10, "decoding": 5,
+                         "supervised fine-tuning": 64, "reward model": 1, "PPO": 1}[task]]
+
+
+class Pipe:
+    """What the other end says, in order, and what was sent to it."""
+
+    def __init__(self, *says):
+        self.says, self.sent = list(says), []
+
+    def recv(self):
+        return self.says.pop(0)
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+def test_the_referee_counts_what_is_done_while_it_is_its_turn(monkeypatch):
+    """Set-up takes 3 s. A round lasts at least 2 s: three pieces of 7 in 0.9 s each, 21 / 2.7 s."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    pipe = Pipe("go", "stop")
+    referee = peers.Referee(pipe, 2.0)
+    clock[0] += 3
+    referee.tick(7)
+    with pytest.raises(peers.Finished):
+        for _ in range(9):
+            clock[0] += 0.9
+            referee.tick(7)
+    assert pipe.sent == [("ready", 3.0), ("rate", pytest.approx(21 / 2.7))]
+
+
+def works(tick, job):
+    while True:
+        time.sleep(0.001)
+        tick(1)
+
+
+def breaks(tick, job):
+    tick(1)
+    raise ValueError("no such thing\nand much more")
+
+
+def test_a_contest_has_all_rounds_of_who_works_and_one_line_of_who_breaks(capsys):
+    entries = [peers.Entry("steady", None, works, {}), peers.Entry("broken", None, breaks, {})]
+    steady, broken = peers.contest(entries, JOB, rounds=2)
+    assert len(steady.rates) == 2 and min(steady.rates) > 0 and not steady.note
+    assert steady.peak > 10 or not Path("/proc/self/status").exists()  # MiB
+    assert broken.rates == [] and broken.note == "ValueError: no such thing"
+    peers.show("who", "things/s", [steady, broken])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["broken", "ValueError:", "no",
+                                                                "such", "thing"]
+
+
+def test_ratios_are_taken_round_by_round_against_the_counterpart(capsys):
+    """300 and 800 against 100 and 400: 3 and 2, though the medians' ratio would be 2.2."""
+    peers.show("who", "tokens/s", [
+        peers.Result("ours int4", [9.0, 9.0]), peers.Result("ours int8", [300.0, 800.0]),
+        peers.Result("theirs", [100.0, 400.0], against="ours int8")])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "250 (100-400)" in line and "2.50x (2.00-3.00)" in line
+
+
+def test_a_token_reads_all_weights_but_the_embeddings(capsys):
+    """Blocks 4 x 32 x 32 + 3 x 32 x 32 + 3 norms of 32 = 7264, head 100 x 32: 41,856 bytes."""
+    limits = bench.Limits(1, 1, 1, 1, {"memory": 83.712e9}, {})
+    config = replace(TINY, n_layers=1, n_heads=1, n_kv_heads=1, hidden_dim=32, vocab_size=100)
+    peers.share_of_bandwidth([peers.Result("ours, C fp32", [1e6])], replace(JOB, config=config),
+                             limits)
+    assert "41.9 GB/s; that is 50% of what memory gives" in capsys.readouterr().out
+
+
+def test_a_token_of_t1_costs_six_million_operations(capsys):
+    """6 (4 (128 x 256 + 128 x 128 + 3 x 128 x 352) + 128 x 1024) + 6 x 4 x 128 x 256 = 5,996,544"""
+    config, rows = peers.SHAPES["T1"]
+    limits = bench.Limits(4e9, 2e9, 1e9, 5e8, {}, {})
+    peers.share_of_limits(peers.Result("ours", [1000.0]), replace(JOB, config=config), limits)
+    out = capsys.readouterr().out
+    assert "6.00 MFLOP per token, 6 GFLOP/s" in out and "600% of PyTorch's float32" in out
+
+
+def test_what_is_not_installed_is_left_out_and_named(monkeypatch, capsys):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "contest", lambda entries, *given: [
+        peers.Result(entry.name, [1.0]) for entry in entries])
+    bench.main(bench.Config(parts="align", quick=True))
+    out = capsys.readouterr().out
+    assert "trl SFTTrainer" not in out and "ours, PyTorch" in out
+    assert out.splitlines()[-1].startswith("not installed, so not in the tables: trl (pip install")
+
+
+@pytest.mark.parametrize("flags, what", [
+    (dict(parts="chek"), "choose of check, limits"), (dict(shapes="T9"), "choose of T1, T2"),
+    (dict(rounds=0), "must be above 0"), (dict(parts=""), "choose of check")])
+def test_what_cannot_be_done_is_one_line(flags, what):
+    with pytest.raises(ValueError, match=what) as e:
+        bench.main(bench.Config(**flags))
+    assert "\n" not in str(e.value)
+
+
+def test_the_command_names_itself_and_exits_with_2():
+    done = subprocess.run([sys.executable, "-m", "kernels", "--part", "check"], text=True,
+                          capture_output=True, cwd=Path(bench.__file__).parent.parent)
+    assert done.returncode == 2
+    assert done.stderr == "python -m kernels: unknown argument --part: did you mean --parts?\n"
