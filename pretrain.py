@@ -294,6 +294,8 @@ def check(cfg: Config, shape: M.ModelConfig) -> None:
     for flag in ("batch_size", "micro_batch", "tokens", "evaluate_every", "save_every"):
         if getattr(cfg, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: give 1 or more")
+    if cfg.tokens > 1e9 and not (cfg.data or cfg.dry_run):
+        raise ValueError(f"--tokens {cfg.tokens:.3g} are too many for the tiny world: give --data")
     if cfg.tokenizer and cfg.vocab_size:
         raise ValueError("--vocab-size is for training a tokenizer: leave it away with --tokenizer")
 
