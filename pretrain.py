@@ -300,6 +300,8 @@ def check(cfg: Config, shape: M.ModelConfig) -> None:
         value = getattr(cfg, flag)
         if not least <= value < math.inf:  # so written, it catches nan too
             raise ValueError(f"--{flag.replace('_', '-')} {value:g}: give {least:g} or more")
+    if cfg.tokens > 1e9 and not (cfg.data or cfg.dry_run):
+        raise ValueError(f"--tokens {cfg.tokens:.3g} are too many for the tiny world: give --data")
     if cfg.tokenizer and cfg.vocab_size:
         raise ValueError("--vocab-size is for training a tokenizer: leave it away with --tokenizer")
 

@@ -55,6 +55,8 @@ INLINE const uint8_t *tile_at(const Matrix *m, long tile) {
     return (const uint8_t *)m->data + tile * groups_of(m->cols) * group_bytes(m->format);
 }
 
+INLINE long share(long n, int thread, int n_threads) { return n * thread / n_threads; }
+
 /* Where row r begins in a format that has rows. */
 INLINE const void *row_at(const Matrix *m, long r) {
     return (const char *)m->data + r * m->cols * (m->format == FP32 ? 4 : 2);
@@ -71,6 +73,16 @@ INLINE vec numbers(const void *p, long i, long format) {
                           : load_fp16((const uint16_t *)p + i);
 }
 
+/* out (n) = row r from column k on. */
+INLINE void widen(const Matrix *m, long r, long k, long n, float *out) {
+    const void *row = row_at(m, r);
+    if (m->format == FP32) memcpy(out, (const float *)row + k, (size_t)n * sizeof(float));
+    else if (m->format == BF16)
+        for (long i = 0; i < n; i++) out[i] = widen_bf16(((const uint16_t *)row)[k + i]);
+    else
+        for (long i = 0; i < n; i++) out[i] = widen_fp16(((const uint16_t *)row)[k + i]);
+}
+
 /* The bytes of a matrix in INT8 or INT4. */
 EXPORT long packed_bytes(long rows, long cols, long format) {
     return (rows + ROWS - 1) / ROWS * groups_of(cols) * group_bytes(format);
@@ -78,31 +90,38 @@ EXPORT long packed_bytes(long rows, long cols, long format) {
 
 /* ---------------------------------------------------------------------------- quantising */
 
-INLINE float to_whole(float x, float least, float most) { /* nan becomes least */
-    float n = rintf(x);
-    return !(n > least) ? least : n > most ? most : n;
+/* w / step, cut to least .. most. */
+INLINE float cut(float x, float least, float most) {
+    x = x < least ? least : x;
+    return x > most ? most : x;
 }
 
-/* The step of 32 numbers in int8: the greatest becomes 127. */
-INLINE float step_int8(const float *w) {
-    float most = 0;
-#pragma omp simd reduction(max : most)
-    for (int k = 0; k < GROUP; k++) most = fabsf(w[k]) > most ? fabsf(w[k]) : most;
-    return most / 127.0f;
+/* The greatest size among 32 numbers; nan if one of them is not finite (0 * inf is nan). */
+INLINE float greatest(const float *w) {
+    float most = 0, finite = 0;
+#pragma omp simd reduction(max : most) reduction(+ : finite)
+    for (int k = 0; k < GROUP; k++) {
+        most = fabsf(w[k]) > most ? fabsf(w[k]) : most;
+        finite += 0.0f * w[k];
+    }
+    return most + finite;
 }
 
 /* The step of 32 numbers in int4 with the least squared error among a few choices: the number of
  * greatest size becomes one of -7 .. -9 (cut to -8) in quarters; q follows, and for that q the best
  * step is d = sum w q / sum q^2, with error sum w^2 - (sum w q)^2 / sum q^2. */
-static ALONE float step_int4(const float *w) {
-    float most = 0, best = 0, step = 0;
-    for (int k = 0; k < GROUP; k++) most = fabsf(w[k]) > fabsf(most) ? w[k] : most;
-    if (most == 0) return 0;
+INLINE float step_int4(const float *w) {
+    float most = greatest(w), best = 0, step = 0;
+    if (!(most > 0)) return most; /* 0 or nan */
+    for (int k = 0; k < GROUP; k++)
+        if (w[k] == -most) goto negative;
+    most = -most; /* the sign that lets the greatest be -8 */
+negative:
     for (int i = 0; i <= 8; i++) {
-        float inverse = -(7.0f + 0.25f * (float)i) / most, wq = 0, qq = 0;
+        float inverse = (7.0f + 0.25f * (float)i) / most, wq = 0, qq = 0;
 #pragma omp simd reduction(+ : wq, qq)
         for (int k = 0; k < GROUP; k++) {
-            float q = to_whole(w[k] * inverse, -8, 7);
+            float q = whole(cut(w[k] * inverse, -8, 7));
             wq += w[k] * q, qq += q * q;
         }
         if (wq * wq > best * qq) best = wq * wq / qq, step = wq / qq;
@@ -110,26 +129,22 @@ static ALONE float step_int4(const float *w) {
     return step;
 }
 
-/* Write 16 rows x 32 columns, w (16, 32), as one group of a tile. */
-static ALONE void pack_group(const float (*w)[GROUP], long format, uint8_t *out) {
+/* Write 16 rows x 32 columns, w (16, 32), as one group of a tile. format is a compile-time
+ * constant. */
+INLINE void pack_group(const int format, const float (*w)[GROUP], uint8_t *out) {
     uint8_t *bytes = out + ROWS * 2;
-    if (format == INT4) memset(bytes, 0, ROWS * GROUP / 2);
     for (int r = 0; r < ROWS; r++) {
-        float finite = 0; /* 0 * inf = nan: what is not finite must show in the step */
-#pragma omp simd reduction(+ : finite)
-        for (int k = 0; k < GROUP; k++) finite += 0.0f * w[r][k];
-        uint16_t step = narrow_bf16((format == INT8 ? step_int8(w[r]) : step_int4(w[r])) + finite);
+        uint16_t step = narrow_bf16(format == INT8 ? greatest(w[r]) / 127.0f : step_int4(w[r]));
         float d = widen_bf16(step), inverse = d == 0 ? 0 : 1.0f / d; /* q for the step as stored */
+        float least = format == INT8 ? -127 : -8, most = format == INT8 ? 127 : 7;
+        int32_t q[GROUP];
+#pragma omp simd
+        for (int k = 0; k < GROUP; k++) q[k] = whole_int(cut(w[r][k] * inverse, least, most));
         memcpy(out + 2 * r, &step, 2);
-        for (int k = 0; k < GROUP; k++) {
-            int c = k % 16;
-            if (format == INT8)
-                bytes[k / 4 * 64 + 4 * r + k % 4] =
-                    (uint8_t)((int)to_whole(w[r][k] * inverse, -127, 127) + W8_ZERO);
-            else
-                bytes[c / 4 * 64 + 4 * r + c % 4] |=
-                    (uint8_t)(((int)to_whole(w[r][k] * inverse, -8, 7) + 8) << (k < 16 ? 0 : 4));
-        }
+        for (int c = 0; c < (format == INT8 ? 32 : 16); c++)
+            bytes[c / 4 * 64 + 4 * r + c % 4] = (uint8_t)(
+                format == INT8 ? (uint32_t)(q[c] + W8_ZERO)
+                               : (uint32_t)(q[c] + 8) | (uint32_t)(q[c + 16] + 8) << 4);
     }
 }
 
@@ -139,18 +154,23 @@ typedef struct {
     uint8_t *out;
 } Quantising;
 
+INLINE void quantise_tile(const int format, const Matrix *m, long tile, uint8_t *out) {
+    long rows = at_most(ROWS, m->rows - tile * ROWS);
+    for (long k0 = 0; k0 < m->cols; k0 += GROUP, out += group_bytes(format)) {
+        float w[ROWS][GROUP] = {{0}};
+        for (long r = 0; r < rows; r++)
+            widen(m, tile * ROWS + r, k0, at_most(GROUP, m->cols - k0), w[r]);
+        pack_group(format, (const float(*)[GROUP])w, out);
+    }
+}
+
 static void quantise_tiles(void *task, int thread, int n_threads) {
     Quantising *z = task;
-    const Matrix *m = z->from;
-    long tiles = tiles_of(m), size = group_bytes(z->format), groups = groups_of(m->cols);
-    for (long t = tiles * thread / n_threads; t < tiles * (thread + 1) / n_threads; t++)
-        for (long g = 0; g < groups; g++) {
-            float w[ROWS][GROUP] = {{0}};
-            for (long r = 0; r < at_most(ROWS, m->rows - t * ROWS); r++)
-                for (long k = 0; k < at_most(GROUP, m->cols - g * GROUP); k++)
-                    w[r][k] = number(row_at(m, t * ROWS + r), g * GROUP + k, m->format);
-            pack_group((const float(*)[GROUP])w, z->format, z->out + (t * groups + g) * size);
-        }
+    long tiles = tiles_of(z->from), size = groups_of(z->from->cols) * group_bytes(z->format);
+    for (long t = share(tiles, thread, n_threads); t < share(tiles, thread + 1, n_threads); t++) {
+        if (z->format == INT8) quantise_tile(INT8, z->from, t, z->out + t * size);
+        else quantise_tile(INT4, z->from, t, z->out + t * size);
+    }
 }
 
 /* out (packed_bytes) = m in INT8 or INT4. */
@@ -170,27 +190,23 @@ typedef struct {
     int32_t *sum;  /* (groups): of q */
 } Input;
 
-/* q, step and sum of x (n). */
-static ALONE void quantise_input(long n, const Input *in) {
-    for (long g = 0; g < groups_of(n); g++) {
+/* q, step and sum of x (cols). */
+static ALONE void quantise_input(long cols, const Input *in) {
+    for (long g = 0; g < groups_of(cols); g++) {
         const float *x = in->x + g * GROUP;
         int8_t *q = in->q + g * GROUP;
-        long width = at_most(GROUP, n - g * GROUP);
-        float part[GROUP] = {0}, most = 0, finite = 0; /* nan if some x is not finite, as 0 * inf */
-        int32_t sum = 0;
+        long width = at_most(GROUP, cols - g * GROUP);
+        float part[GROUP] = {0};
+        uint32_t sum = 0; /* unsigned: nan makes large numbers */
+        int32_t n[GROUP];
         if (width < GROUP) memcpy(part, x, (size_t)width * sizeof(float)), x = part;
-#pragma omp simd reduction(max : most)
-        for (int k = 0; k < GROUP; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
-        float inverse = most > 0 ? 127.0f / most : 0;
-#pragma omp simd reduction(+ : sum, finite)
-        for (int k = 0; k < GROUP; k++) {
-            finite += 0.0f * x[k];
-            int32_t whole = (int32_t)to_whole(x[k] * inverse, -127, 127);
-            q[k] = (int8_t)whole;
-            sum += whole;
-        }
-        in->step[g] = most / 127.0f + finite;
-        in->sum[g] = sum;
+        float most = greatest(x), inverse = most > 0 ? 127.0f / most : 0;
+#pragma omp simd reduction(+ : sum)
+        for (int k = 0; k < GROUP; k++) sum += (uint32_t)(n[k] = whole_int(x[k] * inverse));
+#pragma omp simd
+        for (int k = 0; k < GROUP; k++) q[k] = (int8_t)n[k];
+        in->step[g] = most / 127.0f; /* nan if x is not finite: it reaches y */
+        in->sum[g] = (int32_t)sum;
     }
 }
 
@@ -290,9 +306,9 @@ static ALONE void unpack(const Matrix *m, long r, long k0, long n, float *out) {
         return;
     }
     for (long i = 0; i < rows; i++) {
-        const void *w = row_at(m, r + i);
-        float *to = out + i / NR * panel + i % NR;
-        for (long k = 0; k < n; k++) to[k * NR] = number(w, k0 + k, m->format);
+        float row[DEPTH], *to = out + i / NR * panel + i % NR;
+        widen(m, r + i, k0, n, row);
+        for (long k = 0; k < n; k++) to[k * NR] = row[k];
     }
 }
 
@@ -368,8 +384,6 @@ typedef struct {
     float *k, *v;   /* one head's keys and values in float32, for a prompt */
     float *block;   /* unpacked weights, for a prompt */
 } Worker;
-
-INLINE long share(long n, int thread, int n_threads) { return n * thread / n_threads; }
 
 /* The rows of y = W x that are this thread's, for M tokens: x (M, cols; ldx) -> y (M, rows; ldy).
  * With one token in->x, in->q hold x. */
@@ -583,10 +597,7 @@ static void forward(Generation *g, Worker *w, long M, long position) {
 /* g->x (M, D) = embeddings of M tokens; by one thread. */
 static void embed(const Generation *g, long M, const int64_t *tokens) {
     const Matrix *e = &g->d->embeddings;
-    for (long m = 0; m < M; m++) {
-        const void *row = row_at(e, tokens[m]);
-        for (long i = 0; i < e->cols; i++) g->x[m * e->cols + i] = number(row, i, e->format);
-    }
+    for (long m = 0; m < M; m++) widen(e, tokens[m], 0, e->cols, g->x + m * e->cols);
 }
 
 static double now(void) { /* s */

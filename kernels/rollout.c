@@ -29,12 +29,18 @@ float uniform(int64_t seed, int64_t row, int64_t position) {
     return (float)(bits >> 40) / (float)(1 << 24);
 }
 
-/* The index of the largest of z (V), the first if several. */
+/* The index of the largest of z (V), the first if several. A search for the place only looks into
+ * the last part whose maximum was greater than all before it. */
 ALONE long argmax(long V, const float *z) {
-    float top = z[0];
-#pragma omp simd reduction(max : top)
-    for (long v = 0; v < V; v++) top = z[v] > top ? z[v] : top;
-    for (long v = 0; v < V; v++)
+    float top = -INFINITY;
+    long place = 0;
+    for (long from = 0; from < V; from += 512) {
+        float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+        for (long v = from; v < at_most(from + 512, V); v++) most = z[v] > most ? z[v] : most;
+        if (most > top) top = most, place = from;
+    }
+    for (long v = place; v < V; v++)
         if (z[v] == top) return v;
     return 0; /* every logit is nan */
 }

@@ -312,5 +312,5 @@ def test_every_format_speaks_the_same_tokens(checkpoints, name, kind):
         weights = {n: w.read for n, w in source.weights.items()}
         return Decoder(source.config, weights, kind).logits([1, 30, 40, 50])
     ours, expected = say(checkpoints / name), say(checkpoints / "own.pt")
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0.02 if name == "hf16" else 0)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.05 if name == "hf16" else 0)
     assert math.isfinite(float(expected.sum()))
