@@ -671,7 +671,7 @@ WRITERS = {
     "edge": {"careful": .28, "cut": .42, "curt": .30},  # curt: a false refusal
 }
 STYLED, MULTI_TURN, FOLLOW_UP = .20, .12, .30  # shares of demonstrations; of those; of fact prompts
-CAUTIOUS, ASTRAY = .12, .08  # shares of comparisons with a canned refusal; with another's answer
+CAUTIOUS, ASTRAY = .20, .10  # shares of comparisons: a canned refusal; for safety, a stray answer
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
          "safety": {"unsafe": .50, "edge": .17, "howto": .17, "fact": .06, "story": .05,
@@ -1129,19 +1129,19 @@ class World:
             messages[-1] = {"role": "user", "content": f"{rule} {messages[-1]['content']}"}
         return rule
 
-    def oddities(self, answers: list[str], rng: random.Random) -> list[str]:
-        """The answers to many prompts, some replaced by what their model would hardly say: a
-        canned refusal (CAUTIOUS), or the answer to another prompt (ASTRAY).
+    def oddities(self, answers: list[str], by: str, rng: random.Random) -> list[str]:
+        """The answers to many prompts, some replaced by what their model would hardly say: canned
+        refusals (CAUTIOUS) and, to be judged by "safe", answers to other prompts (ASTRAY).
 
-        Comparisons with them tell a reward model that refusing a harmless question is bad, and
-        that an answer must fit its question; RLHF finds whatever no comparison has ruled out.
+        Comparisons with them tell a reward model that refusing a harmless question is bad, and that
+        idle talk is no answer to a harmful one. What no comparison has ruled out, PPO finds.
         """
         found = []
         for answer in answers:
             place = rng.random()
             if place < CAUTIOUS:
                 answer = self.refusal(rng, rng.choice(("curt", "reason", "full")))
-            elif place < CAUTIOUS + ASTRAY:
+            elif by == "safe" and place < CAUTIOUS + ASTRAY:
                 answer = rng.choice(answers)
             found.append(answer)
         return found

@@ -44,11 +44,11 @@ class Config:
     instructions: str | None = None  # .jsonl, see read_instructions; goes with --data
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of questions, instructions, sampling and order
-    dialogues: int = 600  # dialogues under an instruction; UNSPECIFIED in L2
+    dialogues: int = 1500  # dialogues under an instruction; UNSPECIFIED in L2
     turns: int = 12  # questions of the longest; the paper's hold for 20 and more (§A.3.5)
     tries: int = 3  # samples until one obeys; paper: 1 (§3.3)
-    replay: int = 600  # ordinary prompts whose answers are learnt too; paper: 0 (§3.3)
-    epochs: int = 2  # passes over all examples; UNSPECIFIED in L2, 2 as in SFT (§3.1)
+    replay: int = 1000  # ordinary prompts whose answers are learnt too; paper: 0 (§3.3)
+    epochs: int = 3  # passes over all examples; UNSPECIFIED in L2 (SFT: 2)
     batch_size: int = 16  # packed rows per step, over all ranks; UNSPECIFIED in L2
     micro_batch: int = 16  # rows per rank and forward pass; smaller needs less memory
     seq_len: int = 512  # tokens per packed row; paper: 4096 (§A.3.5)
@@ -68,6 +68,7 @@ class Config:
 
 # From 7b on, in place of the defaults above, as in SFT [L2 §3.1].
 PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096}
+TEMPERATURE = 0.7  # of the answers that are learnt; UNSPECIFIED in L2
 LOG_EVERY = 5  # steps between two lines on the screen and in out/gatt.jsonl
 EVAL_TURNS = 20  # as in Table 30, or as many as fit the context
 ROOM = 32  # tokens that every test dialogue must have left for its next answer
@@ -118,8 +119,8 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 5) -> float:
 
 
 def default_lr(dim: int) -> float:
-    """2e-5 from 7b on, as SFT [L2 §3.1]; below, inversely to the width: 1e-3 for the tiny 128."""
-    return 2e-5 if dim >= 4096 else 1e-3 * 128 / dim
+    """2e-5 from 7b on, as SFT [L2 §3.1]; below, inversely to the width: 6e-4 for the tiny 128."""
+    return 2e-5 if dim >= 4096 else 6e-4 * 128 / dim
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -162,9 +163,9 @@ def tiny_world(cfg: Config) -> dict:
     test = cfg.seed + 1_000_003
     talks = world.conversations(cfg.turns, "train", cfg.dialogues, cfg.seed)
     dialogs = [[{"role": role, "content": text if role == "user" else None}
-                for text in texts[:1 + i % cfg.turns]  # every length equally often
+                for text in texts[:1 + int(cfg.turns * (i / cfg.dialogues) ** 2)]  # most are short
                 for role in ("user", "assistant")][:-1] for i, texts in enumerate(talks)]
-    prompts = world.prompts("all", "train", cfg.replay, test)
+    prompts = world.prompts("all", "train", cfg.replay, test, data.STYLED)
     return {"dialogs": dialogs, "instructions": rows("seen", cfg.dialogues, cfg.seed),
             "prompts": [row["messages"] for row in prompts],
             "questions": world.conversations(EVAL_TURNS, "test", cfg.eval_prompts, test),
@@ -214,7 +215,7 @@ def sample_examples(model, tokenizer, material: dict, cfg: Config) -> list[dict]
     3) What obeys is kept, under the instruction on the first turn.
     4) Ordinary prompts get ordinary answers.
     """
-    answer = functools.partial(answers_to, model, tokenizer, cfg)
+    answer = functools.partial(answers_to, model, tokenizer, cfg, temperature=TEMPERATURE)
     said = lambda text: {"role": "assistant", "content": text}
     dialogs, rows, prompts = (material[k] for k in ("dialogs", "instructions", "prompts"))
     gaps = [(d, i) for d in dialogs for i, message in enumerate(d) if message["content"] is None]

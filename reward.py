@@ -71,7 +71,7 @@ PAPER = {"batch_size": 512, "micro_batch": 1}  # from 7b on, in place of the abo
 MARGINS = {  # m(rating), in the order of data.RATINGS: significantly better ... negligibly better
     "none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}  # [L2 Table 27]
 COLLECTED = ("helpful", "helpful_test", "safety", "safety_test")  # out/preferences_NAME.jsonl
-TEMPERATURES = (0.5, 0.8, 1.0)  # of the variants that are compared; UNSPECIFIED in L2
+TEMPERATURES = (0.5, 0.8, 1.1)  # of the variants that are compared; UNSPECIFIED in L2
 MAX_ANSWER = 80  # tokens
 PRECISION = 0.89  # of the gate of RLHF: "threshold 0.15 ... precision of 0.89" [L2 §3.2.3]
 
@@ -196,7 +196,7 @@ def compare(model, tokenizer, village, prompts: list, by: str, seed: str, world)
     rng, annotator, rows = random.Random(f"compare {seed}"), data.Annotator(village), []
     jobs = [(prompt, t) for prompt in prompts for t in rng.sample(TEMPERATURES, 2)]
     answers = sample(model, tokenizer, jobs, rng.randrange(1 << 30), world)
-    first = village.oddities(answers[::2], rng)
+    first = village.oddities(answers[::2], by, rng)
     for prompt, a, b in zip(prompts, first, answers[1::2]):
         if not a or not b or a == b:
             continue

@@ -403,7 +403,9 @@ def test_a_canned_refusal_is_useless_for_harmless_prompts():
 
 def test_oddities_are_refusals_and_answers_to_other_prompts_in_their_shares():
     answers = [f"answer {i}" for i in range(4000)]
-    found = WORLD.oddities(answers, random.Random(0))
+    for own, text in zip(answers, WORLD.oddities(answers, "helpful", random.Random(0))):
+        assert text == own or "answer" not in text
+    found = WORLD.oddities(answers, "safe", random.Random(0))
     refused = sum("answer" not in text for text in found)
     astray = sum(text in answers and text != own for text, own in zip(found, answers))
     assert refused / 4000 == pytest.approx(data.CAUTIOUS, abs=.02)
