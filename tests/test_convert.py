@@ -235,6 +235,17 @@ def test_hugging_face_round_trip_without_any_library(network, own, hf_folder, tm
     assert torch.equal(half.output.weight, network.output.weight.bfloat16())
 
 
+@pytest.mark.parametrize("dtype, kept", [(None, torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("to", ["own", "meta", "hf"])
+def test_numbers_keep_their_dtype_unless_another_is_asked_for(to, dtype, kept, network, tokenizer,
+                                                              tmp_path):
+    model.save(tmp_path / "half.pt", network, "sft", tokenizer.model_bytes, dtype=torch.bfloat16)
+    out = run(tmp_path / "half.pt", to, tmp_path / "out", dtype=dtype)
+    back = convert.load(out)[0].state_dict()
+    for name, w in network.state_dict().items():
+        assert back[name].dtype == kept and torch.equal(back[name], w.bfloat16().to(kept)), name
+
+
 def test_shared_embeddings_are_untied_by_copying(network, hf_folder, tmp_path):
     folder = tmp_path / "tied"
     folder.mkdir()

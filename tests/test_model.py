@@ -1656,6 +1656,39 @@ def test_log_eta_counts_the_steps_of_this_run_only(tmp_path, capsys, monkeypatch
     assert first.endswith("eta 1:40") and second.endswith("eta 20:00")
 
 
+def test_only_rank_zero_writes_the_log(tmp_path, monkeypatch):
+    (tmp_path / "s.jsonl").write_text("rank 0's\n")
+    monkeypatch.setenv("RANK", "1")
+    M.Log("s", tmp_path, 10).step(1, loss=2.0)
+    assert (tmp_path / "s.jsonl").read_text() == "rank 0's\n"
+
+
+def test_the_figure_holds_the_logged_points_and_names_its_axes(tmp_path, monkeypatch):
+    """Step 4 at half a unit per step stands at 2; a key that a line lacks has no point there."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    rows = [{"step": 2, "loss": 5.0}, {"step": 4, "loss": 3.0, "val": 4.0}]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn, savefig = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig",
+                        lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
+    path = M.plot_log("s", tmp_path, {"loss": "training", "val": "validation", "no": "nothing"},
+                      "tokens (M)", "loss (nats)", "a title", 0.5)
+    axes = drawn[0].axes[0]
+    assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
+        "training": [[1, 5], [2, 3]], "validation": [[2, 4]]}
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == (
+        "tokens (M)", "loss (nats)", "a title")
+    assert path == tmp_path / "figures" / "s.png" and path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_summaries_of_stages_stand_side_by_side_and_the_newest_counts(tmp_path):
+    M.summarize("pretrain", tmp_path, {"loss": 1})
+    M.summarize("sft", tmp_path, {"loss": 2})
+    M.summarize("pretrain", tmp_path, {"loss": 3})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"pretrain": {"loss": 3},
+                                                                   "sft": {"loss": 2}}
+
+
 @pytest.mark.parametrize("seconds, text", [
     (0, "0:00"), (5.9, "0:05"), (65, "1:05"), (3599, "59:59"), (3600, "1:00:00"),
     (7205, "2:00:05"), (360000, "100:00:00")])

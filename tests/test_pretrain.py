@@ -1,4 +1,4 @@
-"""What pretraining promises: the right loss, schedule and batches, an exact resume, clear errors."""
+"""What pretraining promises: right loss, schedule and batches, an exact resume, clear errors."""
 
 import json
 import math
@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +25,9 @@ from pretrain import Config, batch_at, learning_rate, main, next_token_loss, spl
 
 ROOT = Path(__file__).parent.parent
 ONE = scale.World(torch.device("cpu"))
-TEXT = " ".join(f"the {a} {b} saw {c} birds near the {d}." for a in ("red", "blue", "old")
-                for b in ("fox", "cow", "hen", "dog") for c in range(10, 40) for d in ("mill", "sea"))
+TEXT = " ".join(f"the {a} {b} saw {c} birds near the {d}."
+                for a in ("red", "blue", "old") for b in ("fox", "cow", "hen", "dog")
+                for c in range(10, 40) for d in ("mill", "sea"))
 
 
 @pytest.fixture
@@ -87,9 +90,11 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(micro):
     next_token_loss(whole, rows).backward()
     want = {n: p.grad for n, p in whole.named_parameters()}
     norm = math.sqrt(sum(g.square().sum().item() for g in want.values()))
-    got = pretrain.train_step(pieces, torch.optim.SGD(pieces.parameters(), lr=1.0), rows, 1.0, cfg,
+    got = pretrain.train_step(pieces, torch.optim.SGD(pieces.parameters(), lr=9.0), rows, 1.0, cfg,
                               ONE)
     assert got[1] == pytest.approx(norm, rel=1e-4)
+    assert got[0] == pytest.approx(next_token_loss(whole, rows).item(), rel=1e-5)
+    assert all(p.grad is None for p in pieces.parameters()), "the next step starts from zero"
     start = dict(small_model().named_parameters())
     for name, p in pieces.named_parameters():
         assert torch.allclose(start[name] - p, want[name], atol=1e-5), name
@@ -155,6 +160,84 @@ def test_validation_counts_every_token_once_and_every_byte():
     assert bits == pytest.approx(total / math.log(2) / 100, rel=1e-5)
 
 
+def test_the_tokenizer_never_sees_the_held_out_tenth_and_no_byte_is_lost(book, tmp_path,
+                                                                         monkeypatch):
+    seen, real = [], data.train_tokenizer
+    monkeypatch.setattr(data, "train_tokenizer",
+                        lambda texts, size: seen.append("".join(texts)) or real(texts, size))
+    corpus = pretrain.prepare(tiny(book, tmp_path), None, 300)
+    cut = int(0.9 * len(TEXT))  # all of it is ASCII
+    assert seen == [TEXT[:cut]] and corpus.val_bytes == len(TEXT) - cut
+    assert corpus.tokenizer.decode(corpus.train) == TEXT[:cut]
+    assert corpus.tokenizer.decode(corpus.val) == TEXT[cut:]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.Tokenizer(data.train_tokenizer([TEXT], 300))
+
+
+def test_the_worlds_held_out_documents_are_others_and_it_writes_enough(tokenizer):
+    corpus = pretrain.prepare(Config(tokens=20_000, seed=3), tokenizer, 0)
+    train, val = (corpus.tokenizer.decode(s).split(" Question: ") for s in (corpus.train,
+                                                                            corpus.val))
+    assert corpus.world and len(corpus.train) > 20_000
+    assert train[0] != val[0] and len(val) > 50
+    assert corpus.val_bytes == sum(len(t.encode()) for t in corpus.world.documents(400, 1_000_006))
+
+
+def test_texts_are_continued_behind_bos_and_end_at_eos(tokenizer, monkeypatch):
+    calls = []
+
+    def rollout(model, prompts, max_new_tokens, **options):
+        calls.append((prompts, max_new_tokens, options))
+        return [tokenizer.encode("a hen", eos=True) for _ in prompts], None
+
+    monkeypatch.setattr(pretrain.kernels, "rollout", rollout)
+    assert pretrain.complete(small_model(), tokenizer, ["the fox", ""], 7) == ["a hen", "a hen"]
+    pretrain.complete(small_model(), tokenizer, [""], 7, temperature=0.8, seed=5)
+    assert calls[0] == ([[1] + tokenizer.encode("the fox"), [1] + tokenizer.encode("")], 7,
+                        dict(temperature=0.0, top_p=1.0, seed=0, stop=2, row_ids=None))
+    assert calls[1][2] == dict(temperature=0.8, top_p=1.0, seed=5, stop=2, row_ids=None)
+
+
+def test_a_fact_is_known_when_the_answer_comes_at_once_and_word_for_word(monkeypatch):
+    """Of three answers one is right, one comes too late and one is cut before its full stop."""
+    probes = [("Q1", "Ada lives in the mill."), ("Q2", "Leo eats soup."), ("Q3", "Eva wears red.")]
+    said = {"Q1": " Ada lives in the mill. Her pet is a cat.", "Q2": " I say Leo eats soup.",
+            "Q3": " Eva wears red"}
+    world = SimpleNamespace(probes=lambda asked: probes if asked else probes[1:])
+    corpus = pretrain.Corpus(None, None, None, 0, "x", world)
+    monkeypatch.setattr(pretrain, "complete", lambda model, tokenizer, prefixes, n:
+                        [said[prefix] for prefix in prefixes])
+    assert pretrain.facts_known(None, corpus, asked=True) == (1 / 3, 3)
+    assert pretrain.facts_known(None, corpus, asked=False) == (0, 2)
+
+
+def test_the_report_averages_grammar_over_documents_drawn_at_temperature_one(monkeypatch, capsys):
+    """Half of the documents have one sentence of two right, the other half all: 75%."""
+    asked = []
+
+    def complete(model, tokenizer, prefixes, n, temperature, seed):
+        asked.append((set(prefixes), temperature))
+        return ["Ada eats soup. Soup eats eats.", "Leo eats soup."] * (len(prefixes) // 2)
+
+    monkeypatch.setattr(pretrain, "complete", complete)
+    monkeypatch.setattr(pretrain, "facts_known",
+                        lambda model, corpus, asked: (0.9, 10) if asked else (0.8, 5))
+    corpus = pretrain.Corpus(None, None, None, 0, "x", data.World())
+    assert pretrain.report_world(None, corpus) == {"facts_asked": 0.9, "facts_never_asked": 0.8,
+                                                   "grammar": 0.75}
+    assert asked == [({""}, 1.0)] and "75.0% in 100 documents" in capsys.readouterr().out
+
+
+def test_the_matmul_rate_counts_two_operations_per_product(monkeypatch):
+    """768^3 products and as many sums in one second of this clock."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: next(ticks))
+    assert pretrain.matmul_rate(torch.device("cpu")) == 2 * 768**3
+
+
 # ---- the whole stage
 
 def test_the_stage_learns_and_leaves_checkpoint_log_figure_and_summary(book, tmp_path, capsys):
@@ -162,6 +245,7 @@ def test_the_stage_learns_and_leaves_checkpoint_log_figure_and_summary(book, tmp
     rows = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
     assert abs(rows[0]["loss"] - math.log(300)) < 0.2 and rows[-1]["loss"] < 4.0
     assert [r["step"] for r in rows] == list(range(1, 61))
+    assert [r["lr"] for r in rows] == [learning_rate(step, 60, 4e-3, 50) for step in range(60)]
     model, info = M.load(tmp_path / "pretrain.pt", "cpu")
     assert info["stage"] == "pretrain" and info["metrics"]["val_loss"] == final["val_loss"]
     assert model.config.vocab_size == data.Tokenizer(info["tokenizer"]).vocab_size == 300
@@ -208,6 +292,32 @@ def test_resume_without_a_state_starts_afresh(book, tmp_path):
     main(tiny(book, tmp_path / "a"))
     main(tiny(book, tmp_path / "b", resume=True))
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_given_tokenizer_is_used_and_travels_with_the_weights(book, tmp_path, tokenizer):
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+    main(tiny(book, tmp_path, vocab_size=0, tokenizer=str(tmp_path / "t.model"), tokens=2 * 4 * 32))
+    assert M.load(tmp_path / "pretrain.pt", "cpu")[1]["tokenizer"] == tokenizer.model_bytes
+
+
+@pytest.mark.parametrize("field", Config.__dataclass_fields__)
+def test_a_resume_may_change_what_is_not_learnt_from_and_nothing_else(field):
+    free = {"out", "resume", "device", "kernels", "recompute", "micro_batch", "tp", "save_every",
+            "log_every", "evaluate_every", "dry_run"}
+    cfg, saved = Config(), M.resume_info(3, 9, Config(), b"the tokenizer")
+    other = replace(cfg, **{field: "something else"})
+    M.check_resume(saved, cfg, b"the tokenizer")
+    if field in free:
+        M.check_resume(saved, other, b"the tokenizer")
+    else:
+        flag = f"--{field.replace('_', '-')} {getattr(cfg, field)}"
+        with pytest.raises(ValueError, match=f"{flag}: give the same flags"):
+            M.check_resume(saved, other, b"the tokenizer")
+
+
+def test_resume_refuses_another_tokenizer():
+    with pytest.raises(ValueError, match="another tokenizer"):
+        M.check_resume(M.resume_info(3, 9, Config(), b"the tokenizer"), Config(), b"another one")
 
 
 def test_resume_refuses_other_flags_and_names_the_old_ones(book, tmp_path, monkeypatch):
@@ -316,7 +426,8 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, says, tmp_path, monkeyp
 
 def test_the_script_itself_exits_with_2_and_without_a_traceback(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), "--data", "nowhere.txt",
-                           "--out", str(tmp_path / "o")], capture_output=True, text=True, timeout=120)
+                           "--out", str(tmp_path / "o")],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere.txt" in done.stderr
 
 
