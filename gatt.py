@@ -500,7 +500,7 @@ def main(cfg: Config) -> dict:
     material = own_files(cfg) if cfg.data or cfg.instructions else tiny_world(cfg)
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))
-    model = scale.wrap(model.float(), world, recompute=cfg.recompute)
+    model = scale.wrap(model, world, recompute=cfg.recompute)
     optimizer = M.adamw(model, 0.0, 0.1)
     saved = scale.load_state(state, model, optimizer, world, check=lambda extra: M.check_resume(
         extra, cfg, tokenizer.model_bytes)) if cfg.resume else None
@@ -523,7 +523,7 @@ def main(cfg: Config) -> dict:
     train(model, rows, saved["step"] if saved else 0, optimizer, tokenizer, cfg, world)
 
     # 5) evaluate, save
-    start = scale.wrap(M.load(checkpoint, "cpu")[0].float(), world)
+    start = scale.wrap(M.load(checkpoint, "cpu")[0], world)
     with scale.unsharded(start, world), scale.unsharded(model, world):
         before = evaluate(start, tokenizer, material, cfg, "before")
         after = evaluate(model, tokenizer, material, cfg, "after", before["talk"])

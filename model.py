@@ -756,8 +756,11 @@ def cli(Config, argv: list[str] | None = None):
 
 
 def complain(message: str) -> None:
-    """One line on stderr. Under torchrun all ranks find a bad flag or file: rank 0 says it, and
-    torchrun ends the others while they wait; what only they found wrong they then say."""
+    """One line on stderr. Under torchrun all ranks find a bad flag or file: one of each machine
+    says so. Once they have joined, rank 0 says it, and torchrun ends the others while they wait:
+    what only they found wrong they then say."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not torch.distributed.is_initialized():
+        return
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)
     print(message, file=sys.stderr, flush=True)

@@ -105,11 +105,11 @@ def punish_cut(scores, finished):
     return scores.where(finished, scores.min())
 
 
-def moments(x, mask, total=float) -> tuple[float, float, float]:
-    """(mean, variance, count) of x where mask is 1; total: sum of a number over the ranks."""
+def moments(x, mask, total=float) -> tuple[float, float]:
+    """(mean, variance) of x where mask is 1; total: sum of a number over the ranks."""
     count = total(mask.sum())
     mean = total((x * mask).sum()) / count
-    return mean, total(((x - mean).square() * mask).sum()) / count, count
+    return mean, total(((x - mean).square() * mask).sum()) / count
 
 
 def whiten(x, mask=None, total=float):
@@ -118,7 +118,7 @@ def whiten(x, mask=None, total=float):
     total: sum of a number over the ranks, each of which holds a part of the batch.
     """
     mask = torch.ones_like(x) if mask is None else mask.to(x.dtype)
-    mean, variance, _ = moments(x, mask, total)
+    mean, variance = moments(x, mask, total)
     if variance <= 1e-10 * (mean * mean + 1e-2):  # rounding, not a difference between answers
         return torch.zeros_like(x)
     return (x - mean) * mask / math.sqrt(variance)
@@ -279,7 +279,7 @@ def reward_pair(cfg: Config, tokenizer, world, folder: Path):
         if info["tokenizer"] != tokenizer.model_bytes:
             raise ValueError(f"{folder}/reward_{which}.pt has another tokenizer than the model to "
                              f"train: run `python reward.py` again")
-        models[which] = scale.wrap(model.float(), world)
+        models[which] = scale.wrap(model, world)
     threshold = cfg.threshold or info["metrics"].get("threshold")
     if not threshold:
         raise ValueError(f"{folder}/reward_safety.pt holds no calibrated threshold: give one, as "
@@ -338,8 +338,7 @@ class Places:
 
     def open(self, path) -> M.Llama:
         """A checkpoint in float32 on this rank, sharded if there are several."""
-        model = M.load(path, "cpu")[0].float()
-        return scale.wrap(model, self.world, recompute=self.cfg.recompute)
+        return scale.wrap(M.load(path, "cpu")[0], self.world, recompute=self.cfg.recompute)
 
     def best_of(self, model, rows: list[dict], temperature: float, purpose) -> tuple:
         """K answers per row: prompts (N K lists), responses, scores and finished (N, K)."""
@@ -615,8 +614,9 @@ def open_critic(start, folder: Path, at: Places) -> M.Llama:
         return critic
     policy = M.load(start, "cpu")[0]
     config = dataclasses.replace(policy.config, scalar_head=True)
-    weights = {**policy.state_dict(), "output.weight": torch.zeros(1, config.dim)}
-    critic = M.assemble(config, weights, start).float()
+    head = torch.zeros(1, config.dim, dtype=policy.norm.weight.dtype)
+    weights = {**policy.state_dict(), "output.weight": head}
+    critic = M.assemble(config, weights, start)
     return scale.wrap(critic, at.world, recompute=at.cfg.recompute)
 
 
@@ -739,7 +739,8 @@ def held_out(policy, ref, sft, at: Places) -> dict[str, float]:
                                           cfg.temperature, cfg, world, ("held out",))
     batch = pad([(prompts[i], responses[i]) for i in scale.rank_rows(len(rows), world)],
                 world.device)
-    parts = [[t[i] for t in batch] for i in minibatches(cfg, world)]  # a forward pass, as above
+    size = len(scale.rank_rows(cfg.minibatch, world))  # of a forward pass, as in the update
+    parts = list(zip(*(column.split(size) for column in batch)))
     logp, start, base = (sum(answer_logprobs(model, *part, cfg.temperature).sum().item()
                              for part in parts) for model in (policy, ref, sft))
     said = at.reward(rows, prompts, responses)

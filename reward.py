@@ -166,7 +166,7 @@ def collect(cfg: Config, world) -> None:
     """
     model, info = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
     tokenizer, village = data.Tokenizer(info["tokenizer"]), data.World()
-    model = scale.wrap(model.float(), world)
+    model = scale.wrap(model, world)
     counts = {"helpful": cfg.pairs - cfg.pairs // 3, "safety": cfg.pairs // 3}
     for name in COLLECTED:
         which, _, test = name.partition("_")  # which: also the name of the mix of prompts
@@ -353,6 +353,7 @@ def with_scalar_head(chat: M.Llama, seed: int, layers: int = 0) -> M.Llama:
                                  n_layers=layers or chat.config.n_layers)
     rng = torch.Generator().manual_seed(seed)
     head = torch.randn(1, config.dim, generator=rng) * 0.1 * config.dim ** -0.5
+    head = head.to(chat.norm.weight.dtype)
     dropped = tuple(f"layers.{i}." for i in range(config.n_layers, chat.config.n_layers))
     weights = {n: w for n, w in chat.state_dict().items() if not n.startswith(dropped)}
     return M.assemble(config, weights | {"output.weight": head}, "the chat model")
@@ -365,7 +366,7 @@ def start(cfg: Config, which: str, world, layers: int = 0):
     else:
         chat, _ = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
         model = with_scalar_head(chat, cfg.seed, layers)
-    model = scale.wrap(model.float(), world, recompute=cfg.recompute)
+    model = scale.wrap(model, world, recompute=cfg.recompute)
     return model, M.adamw(model, 0.0, weight_decay=0.1)  # as in pretraining [L2 §3.2.2]
 
 

@@ -238,7 +238,7 @@ def main(cfg: Config) -> dict:
         return {}
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))
-    model = scale.wrap(model.float(), world, recompute=cfg.recompute)
+    model = scale.wrap(model, world, recompute=cfg.recompute)
     optimizer = M.adamw(model, 0.0, cfg.weight_decay)
     state = out / "sft.state.pt"
     check_same = functools.partial(M.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)

@@ -129,6 +129,23 @@ def test_whitening_counts_the_mask_only_and_is_blind_to_scale():
     assert torch.allclose(whiten(3 * x + 7, mask), white, atol=1e-5)
 
 
+def test_the_held_out_kl_counts_every_answer(folder, tokenizer, village):
+    """2 x 8 prompts in forward passes of 4 (12 prompts here): the mean over all answers."""
+    at, row = places(folder, tokenizer, village, beta=0.1), []
+    policy, ref = network(tokenizer, 1), network(tokenizer, 5)
+    found = ppo.held_out(policy, ref, policy, at)
+    rows = ppo.draw_prompts(at.cfg, village, "held out", 16, "valid")
+    prompts, responses, _ = ppo.answer(policy, tokenizer, [r["messages"] for r in rows], 1.0,
+                                       at.cfg, WORLD, ("held out",))
+    for pair in zip(prompts, responses):
+        one = ppo.pad([pair], torch.device("cpu"))
+        with torch.no_grad():
+            row.append(sum(sign * ppo.answer_logprobs(model, *one, 1.0).sum().item()
+                           for sign, model in ((1, policy), (-1, ref))))
+    assert found["kl_start"] == pytest.approx(sum(row) / len(row), abs=1e-4)
+    assert found["kl_sft"] == 0 and len(row) == 12
+
+
 @pytest.mark.parametrize("value", [0.0, 0.3, -123.4])
 def test_whitening_a_batch_of_equal_scores_gives_zeros(value):
     assert torch.equal(whiten(torch.full((37,), value)), torch.zeros(37))
