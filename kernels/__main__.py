@@ -73,7 +73,7 @@ def error(ours: list, exact: list) -> float:
 
 def check(cfg: Config) -> int:
     """Every kernel against float64 at odd sizes; returns how many are wrong."""
-    print(f"\ncheck: largest error against float64, as a share of the largest number\n{'':<44}"
+    print(f"\ncheck: largest error against float64, as a share of the largest number\n{'':<48}"
           + "".join(f"{size:>15}" for size in CHECKED) + f"{'at most':>9}")
     wrong = 0
     for products, limit in TOLERANCE.items():
@@ -90,7 +90,7 @@ def check(cfg: Config) -> int:
             bad = not all(e < limit for e in errors)
             wrong += bad
             name += ", bfloat16 products" * (products == "bfloat16")
-            print(f"{name:<44}" + "".join(f"{e:>15.1e}" for e in errors)
+            print(f"{name:<48}" + "".join(f"{e:>15.1e}" for e in errors)
                   + f"{limit:>9g}{'   WRONG' * bad}")
     native.use("float32")
     return wrong + check_generation()
@@ -107,13 +107,13 @@ def check_generation() -> int:
             list(Decoder.of(net, "fp32").stream(prompts[0], 250, temperature=0.0)) == expected[0]]
     for name, right in zip((f"rollout of 3 rows, {sum(map(len, tokens))} greedy tokens",
                             f"decoding in fp32, {len(expected[0])} greedy tokens"), same):
-        print(f"{name:<44}{'as float64' if right else 'NOT as float64   WRONG':>15}")
+        print(f"{name:<48}{'as float64' if right else 'NOT as float64   WRONG':>15}")
     calm = ops.network(net.config)  # where rounding a weight does not turn the answer over
     exact = ops.in_float64(calm)(torch.tensor([prompts[1]]))[0]
     for dtype, limit in (("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.03), ("int4", 0.3)):
         e = error([Decoder.of(calm, dtype).logits(prompts[1])], [exact])
         same.append(e < limit)
-        print(f"{f'decoding in {dtype}, logits of 30 tokens':<44}{e:>15.1e}{limit:>54g}"
+        print(f"{f'decoding in {dtype}, logits of 30 tokens':<48}{e:>15.1e}{limit:>54g}"
               + ("" if same[-1] else "   WRONG"))
     return same.count(False)
 
