@@ -74,7 +74,7 @@ INLINE vec numbers(const void *p, long i, long format) {
 }
 
 /* out (n) = row r from column k on. */
-INLINE void widen(const Matrix *m, long r, long k, long n, float *out) {
+INLINE void widen_row(const Matrix *m, long r, long k, long n, float *out) {
     const void *row = row_at(m, r);
     if (m->format == FP32) memcpy(out, (const float *)row + k, (size_t)n * sizeof(float));
     else if (m->format == BF16)
@@ -159,7 +159,7 @@ INLINE void quantise_tile(const int format, const Matrix *m, long tile, uint8_t 
     for (long k0 = 0; k0 < m->cols; k0 += GROUP, out += group_bytes(format)) {
         float w[ROWS][GROUP] = {{0}};
         for (long r = 0; r < rows; r++)
-            widen(m, tile * ROWS + r, k0, at_most(GROUP, m->cols - k0), w[r]);
+            widen_row(m, tile * ROWS + r, k0, at_most(GROUP, m->cols - k0), w[r]);
         pack_group(format, (const float(*)[GROUP])w, out);
     }
 }
@@ -307,7 +307,7 @@ static ALONE void unpack(const Matrix *m, long r, long k0, long n, float *out) {
     }
     for (long i = 0; i < rows; i++) {
         float row[DEPTH], *to = out + i / NR * panel + i % NR;
-        widen(m, r + i, k0, n, row);
+        widen_row(m, r + i, k0, n, row);
         for (long k = 0; k < n; k++) to[k * NR] = row[k];
     }
 }
@@ -597,7 +597,7 @@ static void forward(Generation *g, Worker *w, long M, long position) {
 /* g->x (M, D) = embeddings of M tokens; by one thread. */
 static void embed(const Generation *g, long M, const int64_t *tokens) {
     const Matrix *e = &g->d->embeddings;
-    for (long m = 0; m < M; m++) widen(e, tokens[m], 0, e->cols, g->x + m * e->cols);
+    for (long m = 0; m < M; m++) widen_row(e, tokens[m], 0, e->cols, g->x + m * e->cols);
 }
 
 static double now(void) { /* s */
