@@ -47,11 +47,11 @@ class Config:
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of prompts and sampling
     rounds: int = 5  # versions made by rejection sampling; paper: V1 to V5 (§3.2.3)
-    prompts: int = 300  # prompts per round; UNSPECIFIED in L2
+    prompts: int = 150  # prompts per round; UNSPECIFIED in L2
     samples: int = 8  # K, answers per prompt; UNSPECIFIED in L2 (figures up to 100)
     comparisons: int = 600  # pairs to label after each round, 0: none; paper: weekly batches
     rs_lr: float | None = None  # of each version's fine-tuning; none: by size (see SIZES)
-    iterations: int = 40  # of PPO; paper: 200 to 400, stopped early (§3.2.3)
+    iterations: int = 60  # of PPO; paper: 200 to 400, stopped early (§3.2.3)
     batch_size: int = 64  # rollouts per iteration, over all ranks; paper: 512 (§3.2.3)
     minibatch: int = 16  # rollouts per gradient step, one pass; paper: 64 (§3.2.3)
     lr: float | None = None  # of policy and critic, constant; none: by size; paper: 1e-6 (§3.2.3)
@@ -70,7 +70,7 @@ class Config:
 
 
 SIZES = {  # width from which on: rs_lr as in SFT, lr and beta [L2 §3.2.3]
-    0: (8e-4, 1e-4, 0.08), 768: (1e-4, 1e-5, 0.02), 4096: (2e-5, 1e-6, 0.01),
+    0: (3e-4, 2e-4, 0.05), 768: (1e-4, 1e-5, 0.02), 4096: (2e-5, 1e-6, 0.01),
     8192: (2e-5, 1e-6, 0.005)}
 # From 7b on these take the place of the defaults above [L2 §3.2.3].
 PAPER = {"iterations": 400, "batch_size": 512, "minibatch": 64}
@@ -497,7 +497,7 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
                                             cfg, at.world, ("compare", mix, number, which))
             sides.append([data.break_tags(at.tokenizer.decode(r).strip()) if ended else ""
                           for r, ended in zip(responses, finished)])
-        sides[0] = at.village.oddities(dialogs, sides[0], rng)
+        sides[0] = at.village.oddities(sides[0], rng)
         for messages, a, b in zip(dialogs, *sides):
             if a and b and a != b:
                 label = annotator.label(messages, a, b, rng, by)
@@ -531,7 +531,7 @@ def refresh_rewards(number: int, newest, previous, folder: Path, at: Places) -> 
             M.atomic_write(home / f"{name}.jsonl", lambda f: f.write(text.encode()))
         print(f"{home}: {len(lines)} fresh comparisons of the two newest versions, {len(again)} "
               f"older ones", flush=True)
-        files = [home / "comparisons.jsonl", home / "again.jsonl",
+        files = [home / "comparisons.jsonl", *([home / "again.jsonl"] if again else []),
                  *sorted(out.glob("preferences_*_test.jsonl"))]
         command = [sys.executable, str(Path(__file__).with_name("reward.py")), "--data",
                    ",".join(map(str, files)), "--resume-from", str(folder), "--out",

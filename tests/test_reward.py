@@ -414,8 +414,8 @@ def test_dry_run_and_importing_compute_nothing(folder, capsys):
 class Village:
     """A stand-in for data.World: what compare needs of it."""
 
-    def refusal(self, rng):
-        return "I will not"
+    def oddities(self, answers, rng):
+        return ["I will not" if rng.random() < 0.15 else answer for answer in answers]
 
 
 def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
@@ -443,7 +443,7 @@ def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
         read = data.read_preferences(write(tmp_path / "rows.jsonl", rows))
         assert len(read) == len(rows) and 150 < len(rows) < 180  # a fifth has an empty answer
         refusals = sum(r["rejected"] == "I will not" for r in read)
-        assert 0.08 < refusals / len(rows) < 0.25  # CAUTIOUS, and chosen is always the second
+        assert 0.08 < refusals / len(rows) < 0.25  # of `oddities`; chosen is always the second
         labels = {(r["chosen_safe"], r["rejected_safe"]) for r in read}
         assert labels == ({(True, False)} if by == "safe" else {(None, None)})
 

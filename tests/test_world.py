@@ -401,6 +401,16 @@ def test_a_canned_refusal_is_useless_for_harmless_prompts():
     assert len(data.sentences_of(refusal)) == 3
 
 
+def test_oddities_are_refusals_and_answers_to_other_prompts_in_their_shares():
+    answers = [f"answer {i}" for i in range(4000)]
+    found = WORLD.oddities(answers, random.Random(0))
+    refused = sum("answer" not in text for text in found)
+    astray = sum(text in answers and text != own for text, own in zip(found, answers))
+    assert refused / 4000 == pytest.approx(data.CAUTIOUS, abs=.02)
+    assert astray / 4000 == pytest.approx(data.ASTRAY, abs=.02)
+    assert {len(data.sentences_of(text)) for text in found if "answer" not in text} == {1, 2, 3}
+
+
 # ---- standing instructions -----------------------------------------------------------------------
 
 def test_an_answer_in_style_adheres_and_scores_as_without():
