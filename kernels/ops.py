@@ -97,8 +97,8 @@ def products(c: M.ModelConfig, T: int, rng) -> list[Op]:
     """y = x w^T for the four matrices of a block, and both gradients for the last, the largest."""
     E = c.dim + 2 * c.n_kv_heads * c.head_dim
     out, into = 2 * c.hidden_dim, c.dim  # of gate and up side by side
-    shapes = {"q, k, v": (E, c.dim), "wo": (c.dim, c.dim), "down": (c.dim, c.hidden_dim),
-              "gate, up": (out, into)}
+    shapes = {"q k v": (E, c.dim), "wo": (c.dim, c.dim), "down": (c.dim, c.hidden_dim),
+              "gate up": (out, into)}
     return [*(product(f"product {name}", 0, T, *shape, rng) for name, shape in shapes.items()),
             product("  gradient of x", 1, T, into, out, rng),
             product("  gradient of w", 2, out, into, T, rng)]

@@ -38,7 +38,7 @@ def test_every_kernel_is_checked_and_right(capsys):
     bench.main(bench.Config(parts="check", **QUICK))
     out = capsys.readouterr().out
     assert "WRONG" not in out
-    for name in ("product gate, gradient of w", "rmsnorm, backward", "rope", "swiglu, backward",
+    for name in ("product gate up, gradient of w", "rmsnorm, backward", "rope", "swiglu, backward",
                  "attention, backward", "head, forward and backward",
                  "trunk, forward and backward"):
         assert out.count(f"\n  {name} ") == 2, name  # float32 and bfloat16 products
