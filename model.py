@@ -19,7 +19,7 @@ Differs from the paper: the network not at all. Initialisation is unspecified th
 from __future__ import annotations
 
 import argparse, contextlib, dataclasses, difflib, functools, inspect, json, math, os, pickle
-import sys, time, typing, zlib
+import signal, sys, time, typing, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -783,9 +783,15 @@ def run(main, Config) -> None:
         complain(f"{name}: {e}")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        complain(f"\n{name}: interrupted; --resume continues from the last saved state")
+        if "RANK" in os.environ:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
+        if os.environ.get("RANK", "0") == "0":
+            complain(f"\n{name}: interrupted; --resume continues from the last saved state")
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
+        if any(w in str(e) for w in ("closed by peer", "reset by peer")):  # gloo's words
+            complain(f"{name}: rank {os.environ.get('RANK')} lost another one, which says why")
+            raise SystemExit(1) from None
         words = ("out of memory", "allocate memory", "not enough memory")  # GPU, Linux, Windows
         if not isinstance(e, MemoryError) and not any(w in str(e) for w in words):
             raise

@@ -42,7 +42,7 @@ class Config:
     vocab_size: int = 0  # tokens; 0: the preset's; paper: 32000 (§2.2)
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of weights, world and order of the data
-    tokens: float = 2.0e6  # tokens to train on; paper: 2e12 (Table 1)
+    tokens: float = 2.4e6  # tokens to train on; paper: 2e12 (Table 1)
     minutes: float = 0  # if > 0: train this long instead, tokenizer and evaluation included
     batch_size: int = 4  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
     micro_batch: int = 16  # sequences per rank and forward pass; smaller needs less memory
@@ -300,6 +300,8 @@ def check(cfg: Config, shape: M.ModelConfig) -> None:
         value = getattr(cfg, flag)
         if not least <= value < math.inf:  # so written, it catches nan too
             raise ValueError(f"--{flag.replace('_', '-')} {value:g}: give {least:g} or more")
+    if cfg.tokens > 1e9 and not (cfg.data or cfg.dry_run):
+        raise ValueError(f"--tokens {cfg.tokens:.3g} are too many for the tiny world: give --data")
     if cfg.tokenizer and cfg.vocab_size:
         raise ValueError("--vocab-size is for training a tokenizer: leave it away with --tokenizer")
 

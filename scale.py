@@ -19,6 +19,7 @@ sharded step of a 70B simulated on one core. Then data at scale: tokens in memor
     python scale.py plan --model 70b --ranks 2048 --tp 8 --recompute      memory, hours, advice
     python scale.py simulate --model 70b --ranks 2048 --tp 8 --recompute  about a minute
     python scale.py tokenise --data corpus/ --tokenizer llama.model --out shards/
+    python scale.py consolidate --state out/pretrain.state --tokenizer llama.model --out now.pt
 
 Keys: [L2] Llama 2, arXiv 2307.09288.  [FSDP] 2304.11277.  [TP] Megatron-LM, 1909.08053.
       [PaLM] 2204.02311 §B: how FLOPs are counted.  [ZeRO] 1910.02054: bytes per parameter.
@@ -29,13 +30,14 @@ those of a single process up to the order of summation (float32: 1e-6), not bit 
 
 from __future__ import annotations
 
-import atexit, contextlib, functools, json, logging, math, os, random, shutil, sys, time, warnings
-import zlib
+import atexit, contextlib, functools, json, logging, math, os, random, shutil, sys, tempfile, time
+import warnings, zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -414,6 +416,8 @@ def save_state(path, model, optimizer, extra: dict, world: World) -> None:
     barrier(world)  # every part is on the disk
     if world.is_main:
         M.save_state(temporary / "extra.pt", extra)
+        shapes = {name: asdict(part.config) for name, part in _parts(model, {}).items()}
+        M.save_state(temporary / "shapes.pt", shapes)  # for `consolidate`
         _swap_in(temporary, final)
         Path(path).unlink(missing_ok=True)  # what a single process wrote before
     barrier(world)
@@ -470,6 +474,55 @@ def load_state(path, model, optimizer, world: World, check=None) -> dict | None:
     return extra
 
 
+@dataclass
+class Consolidate:
+    state: str = "out/pretrain.state"  # folder of a run's distributed resume states
+    part: str = ""  # which model of several: ppo.py has policy and critic
+    tokenizer: str = "tokenizer.model"  # SentencePiece model, or a checkpoint of ours that holds it
+    out: str = "consolidated.pt"  # checkpoint to write
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+
+
+def consolidate(cfg: Consolidate) -> None:
+    """The newest state of a running or interrupted stage as one checkpoint of ours.
+
+    Needs no ranks. One tensor is in memory at a time: the whole is gathered in files beside OUT,
+    as large as OUT, that are gone at the end.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    states = sorted(p for p in Path(cfg.state).glob("step-*") if p.suffix != ".tmp")
+    if not states:
+        raise FileNotFoundError(f"{cfg.state} holds no finished state: give the folder that "
+                                f"a stage under torchrun writes, as out/pretrain.state")
+    shapes, name = M.load_state(states[-1] / "shapes.pt"), f"model.{cfg.part}"
+    if name not in shapes:
+        raise ValueError(f"--part {cfg.part!r}: {states[-1]} holds "
+                         f"{', '.join(n[6:] or repr('') for n in shapes if n != 'format')}")
+    source = Path(cfg.tokenizer)
+    tokenizer = M.load(source, "cpu")[1]["tokenizer"] if source.suffix == ".pt" else \
+        data.Tokenizer(source).model_bytes
+    with torch.device("meta"):
+        model = M.Llama(M.ModelConfig(**shapes[name]))
+    if data.Tokenizer(tokenizer).vocab_size != model.config.vocab_size:
+        raise ValueError(f"{source} has another vocabulary than the model's "
+                         f"{model.config.vocab_size}: give the tokenizer it is trained with")
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(cfg.out).parent) as folder:
+        weights, dtype = {}, getattr(torch, cfg.dtype)
+        for key, p in model.state_dict().items():
+            one = {key: torch.empty(p.shape)}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is")  # one process: as meant
+                dcp.load({name: one}, checkpoint_id=states[-1], no_dist=True)
+            mapped = torch.from_file(f"{folder}/{key}", True, p.numel(), dtype=dtype)
+            weights[key] = mapped.view(p.shape).copy_(one[key])
+        M.save(cfg.out, model, Path(cfg.state).stem, tokenizer, {}, f"{states[-1]}",
+               weights=weights)
+        del weights, mapped  # before their files go
+    print(f"wrote {cfg.out}: {M.count_parameters(model.config):,} parameters of {states[-1]}")
+
+
 def remove_state(path, world: World) -> None:
     """The stage is finished, its checkpoint written: its resume states are no longer needed."""
     if world.is_main:
@@ -500,7 +553,12 @@ def _distributed_state(model, optimizer, world: World) -> dict:
             _shard_again(part, world)
             state[name] = get_model_state_dict(part)
         else:
-            state[name] = get_optimizer_state_dict(parts[f"model.{key}"], part)
+            owner, is_fresh = parts[f"model.{key}"], not part.state
+            state[name] = get_optimizer_state_dict(owner, part)
+            if is_fresh:  # torch made up its moments by a step with gradient 0: uncount that step
+                for moments in part.state.values():
+                    moments["step"].zero_()
+                state[name] = get_optimizer_state_dict(owner, part)
     return state
 
 
@@ -934,6 +992,7 @@ def read_manifest(folder: Path) -> dict:
 class Tokenise:
     data: str = "corpus"  # .txt, .jsonl or a folder of them
     tokenizer: str = "tokenizer.model"  # SentencePiece model
+    vocab_size: int = 0  # if > 0 and it does not exist: train it on the data; paper: 32000 (§2.2)
     out: str = "shards"  # folder of the shards
     shard_megabytes: int = 8  # of text per shard; a kill loses at most this much per worker
     workers: int = 0  # processes; 0: one per core
@@ -948,9 +1007,16 @@ def tokenise(cfg: Tokenise) -> None:
     if cfg.shard_megabytes < 1 or workers < 1:
         raise ValueError(f"--shard-megabytes {cfg.shard_megabytes} --workers {cfg.workers}: at "
                          f"least 1 (--workers 0: one per core)")
+    if cfg.vocab_size and not Path(cfg.tokenizer).exists():
+        trained = data.train_tokenizer(data.read_texts(cfg.data), cfg.vocab_size)
+        M.atomic_write(cfg.tokenizer, lambda f: f.write(trained))
+        print(f"trained {cfg.tokenizer} with Llama's own options")
     model = data.Tokenizer(cfg.tokenizer).model_bytes
     vocab = data.Tokenizer(model).vocab_size
-    sizes = {str(file): file.stat().st_size for file in data.find_files(cfg.data, ".txt", ".jsonl")}
+    if cfg.vocab_size not in (0, vocab):
+        raise ValueError(f"--vocab-size {cfg.vocab_size}: {cfg.tokenizer} has {vocab} pieces; "
+                         f"leave the flag away, or name a file that is not there yet")
+    sizes = {str(f): f.stat().st_size for f in data.find_files(cfg.data, ".txt", ".jsonl")}
     manifest = {"tokenizer": zlib.crc32(model), "vocab_size": vocab, "source": sizes,
                 "megabytes": cfg.shard_megabytes, "dtype": "uint16" if vocab <= 2**16 else "uint32"}
     path, width = out / "shards.json", np.dtype(manifest["dtype"]).itemsize
@@ -1081,7 +1147,7 @@ def table(cfg: Table) -> None:
 
 
 COMMANDS = {"table": (table, Table), "plan": (plan, Plan), "simulate": (run_simulation, Plan),
-            "tokenise": (tokenise, Tokenise)}
+            "tokenise": (tokenise, Tokenise), "consolidate": (consolidate, Consolidate)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -299,7 +299,7 @@ def test_every_dtype_speaks_in_c(out, capsys, dtype):
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_without_a_compiler_whole_numbers_are_refused_in_one_line_and_the_model_speaks(
         out, capsys, monkeypatch, dtype):
-    def no_compiler():
+    def no_compiler(*_):
         raise OSError("no C compiler found (cc, gcc or clang)")
     monkeypatch.setattr(kernels.native, "load_library", no_compiler)
     C.main(C.Config(out=str(out), temperature=0, prompt="hi", dtype=dtype))
