@@ -12,6 +12,14 @@
  *
  * Backward, with dP = dO V^T and delta_t = sum_s p_ts dP_ts = dO_t . O_t:
  *     dV = P^T dO,   dZ = P (dP - delta) / sqrt(hd),   dQ = dZ K,   dK = dZ^T Q.
+ * dZ is the softmax's derivative: dp_s/dz_r = p_s (1[s = r] - p_r), so with z = q . k / sqrt(hd)
+ * dloss/dz_r = sum_s dP_s p_s (1[s = r] - p_r) = p_r (dP_r - delta).
+ *
+ * Forward is two products of n x m x hd per block and head, backward five: scores, dP, dQ, dK, dV.
+ * In bfloat16 the factors are q, k, v, P, dO and dZ; scores, the softmax, its sums and delta are
+ * float. What limits it is hd: each exponential (20 instructions per vector) is paid for by only
+ * 2 hd multiply-adds forward and 5 hd backward, and dK, dV sum over BLOCK queries at a time, so
+ * their tiles are read and written after 24 steps only.
  */
 #include "kernels.h"
 

@@ -6,13 +6,15 @@
  * Forward: threads own rows; a row's sum of exponentials grows block of vocabulary by block, with a
  * running maximum, so a block of ROWS x COLS logits is all that exists, in the core's cache.
  *
- * Backward: with g = d loss / d logp,   dz[v] = g (1[v = target] - exp(z[v] - log_sum)),
+ * Backward: with g = d loss / d logp, and d logp / d z[v] = 1[v = target] - exp(z[v]) / sum exp(z),
+ *     dz[v] = g (1[v = target] - exp(z[v] - log_sum)),
  *     d_hidden = dz w / temperature,   dw = dz^T hidden / temperature.
- * Two products, if the logits are still there. The forward pass keeps them where the caller has
- * room, as factors (2 bytes each in bfloat16) and relative to their row's maximum so far: then
- * exp(z) is wrong by |z - maximum| / 512, little exactly where exp(z) is not little itself. Without
- * room they are computed again, a third more arithmetic. Threads own blocks of the vocabulary, so each row of dw
- * has one writer; d_hidden is summed at the end.
+ *
+ * Two products, if the logits are still there. The forward pass keeps them if the caller has room,
+ * as factors (2 bytes each in bfloat16) and relative to their row's maximum so far: then exp(z) is
+ * wrong by |z - maximum| / 512, little exactly where exp(z) is not little itself. Without room they
+ * are computed again, a third more arithmetic. Threads own blocks of the vocabulary, so each row of
+ * dw has one writer; d_hidden is summed at the end.
  */
 #include "kernels.h"
 

@@ -35,7 +35,11 @@ ALONE void rmsnorm_again(long T, long D, const float *x, const float *w, const f
 
 /* dx (T, D) += gradient through the norm of dy (T, D); dw (D) += that of the weight.
  *
- * ds/dx_i = -s^3 x_i / D, and with g_i = dy_i w_i:  dx_i = s g_i - x_i s^3 / D sum_j g_j x_j. */
+ * With m = sum_j x_j^2 / D, s = (m + eps)^(-1/2):  ds/dx_i = -1/2 s^3 2 x_i / D = -s^3 x_i / D. All
+ * y_j = x_j s w_j depend on x_i through s, and y_i directly. With g_j = dy_j w_j:
+ *
+ *     dx_i = s g_i + ds/dx_i sum_j g_j x_j = s g_i - x_i s^3 / D sum_j g_j x_j
+ *     dw_i = dy_i x_i s */
 ALONE void rmsnorm_backward(long T, long D, const float *x, const float *w, const float *scale,
                             const float *dy, float *dx, float *dw) {
     for (long t = 0; t < T; t++, x += D, dy += D, dx += D) {
@@ -87,7 +91,9 @@ ALONE void swiglu(long T, long F, const float *gu, float *a) {
 
 /* a (T, F) again, and dgu (T, 2F) from da (T, F); a may be da, and dgu gu:
  *
- *     du = da silu(g),   dg = da u sigma(g) (1 + g (1 - sigma(g))). */
+ *     du = da silu(g),   dg = da u silu'(g) = da u sigma(g) (1 + g (1 - sigma(g))),
+ *
+ * from sigma' = sigma (1 - sigma). */
 ALONE void swiglu_backward(long T, long F, const float *gu, const float *da, float *a, float *dgu) {
     for (long t = 0; t < T; t++, gu += 2 * F, dgu += 2 * F, a += F, da += F)
 #pragma omp simd

@@ -7,7 +7,14 @@ each is wrong by up to 1/512; errors of a sum partly cancel, those of layers add
 here, as under PyTorch's own autocast. A wrong index, sign or factor is an error of order 1.
 
 Both kinds of products are tested on every processor: one without the instruction for bfloat16
-computes the same sums in plain C (machine.h).
+computes the same sums in plain C (machine.h). Beyond the suite:
+
+    PYTHONPATH=. python tests/test_kernels.py 600      # 600 s of random shapes against float64
+
+    CC="gcc -g -fsanitize=address,undefined -fno-sanitize-recover=all" \\
+    ASAN_OPTIONS=detect_leaks=0 \\
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \\
+    pytest tests/test_kernels.py                       # or -fsanitize=thread and libtsan.so
 """
 import os
 import subprocess
@@ -108,10 +115,16 @@ def trunk_and_gradients(net, tokens, lengths=None, segments=None):
                                           (DEEP_K, 2, 17), (ODD, 1, 1)])
 @pytest.mark.parametrize("rows", ["full", "padded", "packed", "padded and packed"])
 def test_trunk_and_all_its_gradients_are_those_of_float64(config, B, T, rows, products):
-    net, tokens = network(config), random_tokens(config, B, T)
     lengths = torch.tensor([T, 1, 0, T // 2])[:B] if "padded" in rows else None
     segments = (torch.arange(B * T).view(B, T) * 3 // T) if "packed" in rows else None
+    check_against_float64(config, B, T, products, lengths, segments)
+
+
+def check_against_float64(config, B, T, products, lengths, segments, seed=0):
+    net, tokens = network(config, seed), random_tokens(config, B, T, seed=seed + 1)
+    choose("torch")
     exact = trunk_and_gradients(in_float64(net), tokens, lengths, segments)
+    choose(products)
     ours = trunk_and_gradients(net, tokens, lengths, segments)
     assert ours.keys() == exact.keys()
     floor = 1e-3 * max(v.abs().max() for v in exact.values())  # with one key, dq is 0 exactly
@@ -503,6 +516,24 @@ def test_a_compiler_that_is_missing_or_broken_is_one_line(script, what, tmp_path
 
 
 @needs_c
+@pytest.mark.parametrize("kind", build.PRODUCTS)
+def test_a_compiler_that_knows_no_vectors_makes_the_same_numbers(kind, tmp_path, monkeypatch):
+    """It refuses -march=native, so the target is the oldest processor of this architecture."""
+    script = tmp_path / "old-cc"
+    script.write_text('#!/bin/sh\ncase "$*" in *native*) exit 1;; esac\nexec cc "$@" -O1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.load_library.cache_clear()
+    try:
+        line = kernels.choose("c", products=kind)
+        assert f"plain C, {kind}" in line or f"NEON, {kind}" in line
+        check_against_float64(ODD, 3, 37, kind, torch.tensor([37, 0, 20]), None)
+    finally:
+        build.load_library.cache_clear()
+
+
+@needs_c
 def test_two_processes_may_compile_at_once(tmp_path):
     """Both end well, and one library is left."""
     code = ("import importlib.util as u, sys; s = u.spec_from_file_location('build', sys.argv[1]); "
@@ -515,3 +546,76 @@ def test_two_processes_may_compile_at_once(tmp_path):
     answers = {p.communicate(timeout=300)[0].strip() for p in started}
     assert [p.returncode for p in started] == [0, 0] and len(answers) == 1
     assert [str(p) for p in tmp_path.rglob("*") if p.is_file()] == list(answers)
+
+
+# ---------------------------------------------------------------------------- random shapes
+
+
+def draw(rng, smallest, largest) -> int:
+    """A whole number, small ones more often; rng: random.Random."""
+    return int(smallest * (largest / smallest) ** rng.random() + rng.random())
+
+
+def fuzz(seconds: float, seed: int = 0) -> int:
+    """Random networks, batches and rollouts in both kinds of products; returns how many it tried.
+
+    Fails at the first one that is not float64's, printing the seed that repeats it.
+    """
+    import random
+    import time
+    TOLERANCE.update(float32=1e-4, bfloat16=0.2)  # networks ten times as sensitive do occur
+    torch.set_num_threads(1)  # PyTorch's own; C has its threads from below
+    end, start = time.time() + seconds, seed
+    while time.time() < end:
+        rng, seed = random.Random(seed), seed + 1
+        kv, group, half = draw(rng, 1, 5), draw(rng, 1, 4), draw(rng, 1, 40)
+        config = M.ModelConfig(kv * group * half * 2, draw(rng, 1, 3), kv * group, kv,
+                               draw(rng, 1, 500), draw(rng, 2, 700), 300)
+        B, T, path = draw(rng, 1, 6), draw(rng, 1, 290), rng.choice(["float32", "bfloat16"])
+        lengths = torch.tensor([rng.randint(0, T) for _ in range(B)])
+        segments = torch.tensor([[rng.randint(0, 2) for _ in range(T)] for _ in range(B)])
+        if rng.random() < 0.5:
+            segments = segments.sort(1).values
+        lengths, segments = rng.choice([lengths, None]), rng.choice([segments, None])
+        print(f"seed {seed - 1}: {path} {config} B {B} T {T}", flush=True)
+        n_threads = rng.randint(1, 3)
+        native._threads = lambda work: min(work, n_threads)
+        choose(path)
+        check_against_float64(config, B, T, path, lengths, segments, seed)
+        check_head(rng, path, B, T, config.dim - rng.randint(0, 1), config.vocab_size)
+        check_rollout(rng, path, config, T, seed)
+    return seed - start
+
+
+def check_head(rng, path, B, T, D, V):
+    torch.manual_seed(rng.randint(0, 2**40))
+    hidden, weight = torch.randn(B, T, D), torch.randn(V, D) * 3 / D**0.5
+    targets, mask = torch.randint(0, V, (B, T)), torch.rand(B, T) < rng.random()
+    mask[0, 0], temperature = True, rng.uniform(0.3, 2)
+    native.LOGITS_KEPT = rng.choice([0, 1 << 27])
+    ours = head_and_gradients(hidden, weight, targets, mask, temperature)
+    choose("torch")
+    exact = head_and_gradients(hidden.double(), weight.double(), targets, mask, temperature)
+    choose(path)
+    floor = 1e-3 * max(v.abs().max() for v in exact.values())
+    for name, value in exact.items():
+        assert_near(ours[name], value, name, path, floor)
+
+
+def check_rollout(rng, path, config, P, seed):
+    """The log-probabilities of a rollout are those that training computes."""
+    net, new = network(config, seed, gain=1.0), draw(rng, 1, 20)
+    prompts = [random_tokens(config, draw(rng, 1, P), seed=i).tolist() for i in range(3)]
+    options = dict(temperature=rng.uniform(0.5, 1.5), seed=seed, top_p=rng.choice([1.0, 0.8]))
+    rows, logps = kernels.rollout(net, prompts, new, **options)
+    for prompt, row, logp in zip(prompts, rows, logps):
+        tokens = torch.tensor([prompt + row])
+        again = kernels.token_logprobs(kernels.trunk(net, tokens[:, :-1]), net.output.weight,
+                                       tokens[:, 1:], torch.ones_like(tokens[:, 1:]),
+                                       options["temperature"])[0, len(prompt) - 1:]
+        difference = (again - torch.tensor(logp)).abs().max()
+        assert difference < {"float32": 1e-5, "bfloat16": 5e-3}[path], f"rollout: {difference}"
+
+
+if __name__ == "__main__":
+    print(f"{fuzz(float(sys.argv[1]), *map(int, sys.argv[2:]))} networks, all as in float64")
