@@ -20,7 +20,7 @@ turn, in processes of their own, and only ratios within a round are compared.
 
 from __future__ import annotations
 
-import math, os, platform, statistics, sys, time
+import math, os, platform, shlex, statistics, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,10 +165,6 @@ class Limits:
     read: dict[str, float]  # bytes/s by place
     copy: dict[str, float]  # bytes/s, read and written, by place
 
-    @property
-    def torch(self) -> float:
-        return max(self.torch_float32, self.torch_bfloat16)
-
 
 PLACES = {"first-level cache": 1 << 14, "second-level cache": 1 << 18, "third-level cache": 1 << 22,
           "memory": 1 << 28}  # bytes per core; the cache that holds them, on most machines
@@ -288,7 +284,7 @@ def main(cfg: Config) -> None:
     parts, shapes = chosen(cfg)
     wants = set(parts)
     sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in peers.SHAPES]
-    print(f"repeat: python {' '.join(['-m kernels', *sys.argv[1:]])}\n{processor()}, "
+    print(f"repeat: python {shlex.join(['-m', 'kernels', *sys.argv[1:]])}\n{processor()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {busy()}")
     line = kernels.choose("auto")
     print(line)
