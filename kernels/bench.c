@@ -2,26 +2,40 @@
  *
  * A function runs its kernel `repeat` times on the same buffers, so a timed call finds its numbers
  * in this core's caches, as the trunk does. The caller starts one thread per core, each with
- * buffers of its own. Training and generation use nothing of this file.
+ * buffers of its own. Training and generation use nothing of this file. All arguments are float;
+ * what a product multiplies is rounded on the way in, once, before the clock that repeat is.
  */
 #include "kernels.h"
+
+/* x (T, N) as factors, rows even(N) apart: x itself in float32. */
+static const num *factors(long T, long N, const float *x, Pool *pool) {
+    num *y = PAIR == 1 ? NULL : (num *)grab(pool, T * even(N) / PAIR);
+    return pool->failed ? NULL : narrowed(T, N, x, y);
+}
 
 /* ------------------------------------------------------------------------ what the machine can */
 
 /* The most multiply-adds a core can do: MR * NV independent sums, as a tile of the product has
- * them, and no memory. 2 * MR * NV * VLEN operations a round; out (MR, NR) keeps it from being
- * optimised away. Returns the operations of one round. */
+ * them, and no memory. out (MR, NR) keeps them from being optimised away. Returns the operations
+ * of one round. */
 EXPORT int bench_multiply_add(long repeat, float *out) {
     vec sum[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) sum[i][j] = load(out + i * NR + j * VLEN);
+#if PAIR == 1 /* sum = sum / 2 + 1: a plain sum += a b would become an addition */
     vec half = sum[0][0] * 0 + 0.5f, one = half + half;
+#define STEP(x) (x * half + one)
+#else
+    words one = (words)sum[0][0];
+#define STEP(x) dot(x, one[0], one)
+#endif
     for (long r = 0; r < repeat; r++)
         for (int i = 0; i < MR; i++)
-            for (int j = 0; j < NV; j++) sum[i][j] = sum[i][j] * half + one;
+            for (int j = 0; j < NV; j++) sum[i][j] = STEP(sum[i][j]);
+#undef STEP
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) store(out + i * NR + j * VLEN, sum[i][j]);
-    return 2 * MR * NV * VLEN;
+    return 2 * PAIR * MR * NV * VLEN;
 }
 
 /* Read p (n) from front to back, n a multiple of 8 VLEN; out (VLEN): the sums. */
@@ -47,24 +61,28 @@ EXPORT int bench_copy(long repeat, long n, const float *from, float *to) {
 /* -------------------------------------------------------------------------------- the kernels */
 
 /* c (M, N) = a b in one of the three forms of a training step:
- *     0  forward   y = x w^T    a (M, K), b (N, K): w, packed before the clock that repeat is
+ *     0  forward   y = x w^T    a (M, K), b (N, K): w, packed before the clock
  *     1  to x      dx = dy w    a (M, K), b (K, N): w, packed before too
  *     2  to w      dw = dy^T x  a (K, M), b (K, N): both packed in every round
  * Returns 0, or -1 when memory is short; so do all below. */
 EXPORT int bench_product(long repeat, int form, long M, long N, long K, const float *a,
                          const float *b, float *c) {
     Pool pool = {.n = 0};
-    float *right = grab(&pool, panels(K, N)), *left = grab(&pool, K * round_up(M, MR));
+    long a_rows = form == 2 ? K : M, a_cols = form == 2 ? M : K;
+    long b_rows = form == 0 ? N : K, b_cols = form == 0 ? K : N;
+    const num *x = factors(a_rows, a_cols, a, &pool), *w = factors(b_rows, b_cols, b, &pool);
+    word *right = (word *)grab(&pool, panels(K, N));
+    word *left = (word *)grab(&pool, deep(K) * round_up(M, MR));
     int failed = pool.failed;
-    if (!failed && form == 0) pack_transposed(K, N, b, K, right, K * NR);
-    if (!failed && form == 1) pack(K, N, b, N, right, K * NR);
+    if (!failed && form == 0) pack_transposed(K, N, w, even(K), right, deep(K) * NR);
+    if (!failed && form == 1) pack(K, N, w, even(N), right, deep(K) * NR);
     for (long r = 0; r < repeat && !failed; r++) {
         if (form == 2) {
-            pack_left(K, M, a, M, left);
-            pack(K, N, b, N, right, K * NR);
+            pack_left(K, M, x, even(M), left);
+            pack(K, N, w, even(N), right, deep(K) * NR);
         }
-        gemm(M, N, K, form == 2 ? packed_columns(left, K) : rows_of(a, K), right, K * NR, c, N,
-             NULL, 0);
+        gemm(M, N, K, form == 2 ? packed_columns(left, K) : rows_of(x, even(K)), right,
+             deep(K) * NR, c, N, NULL, 0);
     }
     release(&pool);
     return failed ? -1 : 0;
@@ -105,12 +123,16 @@ EXPORT int bench_swiglu_backward(long repeat, long T, long F, const float *gu, c
 EXPORT int bench_attention(long repeat, const Shape *s, long T, const float *qkv, float *out,
                            float *log_sum) {
     Pool pool = {.n = 0};
+    long size = T * s->dim;
     Forward f = forward_buffers(s, T, &pool);
+    const num *x = factors(T, qkv_dim(s), qkv, &pool);
+    num *y = PAIR == 1 ? (num *)out : (num *)grab(&pool, size);
     int failed = pool.failed;
     for (long r = 0; r < repeat && !failed; r++) {
-        fill_keys(s, T, qkv, &f.keys);
-        attention(s, T, qkv, &f.keys, NULL, out, log_sum, f.z);
+        fill_keys(s, T, x, &f.keys);
+        attention(s, T, x, &f.keys, NULL, y, log_sum, f.z);
     }
+    for (long i = 0; i < size && !failed && PAIR > 1; i++) out[i] = widen(y[i]);
     release(&pool);
     return failed ? -1 : 0;
 }
@@ -121,10 +143,11 @@ EXPORT int bench_attention_backward(long repeat, const Shape *s, long T, const f
                                     float *dqkv) {
     Pool pool = {.n = 0};
     Backward w = backward_buffers(s, T, &pool);
+    const num *x = factors(T, qkv_dim(s), qkv, &pool), *y = factors(T, s->dim, out, &pool);
     int failed = pool.failed;
     for (long r = 0; r < repeat && !failed; r++) {
-        fill_keys(s, T, qkv, &w.keys);
-        attention_backward(s, T, qkv, &w.keys, NULL, out, log_sum, d_out, dqkv, w.scratch);
+        fill_keys(s, T, x, &w.keys);
+        attention_backward(s, T, x, &w.keys, NULL, y, log_sum, d_out, dqkv, w.scratch);
     }
     release(&pool);
     return failed ? -1 : 0;

@@ -19,7 +19,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapp
          "-ffp-contract=fast", "-fopenmp-simd",  # simd pragmas only: no OpenMP threads
          "-fvisibility=hidden", "-pthread")
 PRODUCTS = {"float32": (), "bfloat16": ("-DBFLOAT16",)}  # flags of each library
-FLOAT32_ONLY = ("decode.c", "bench.c")  # files that are not compiled for bfloat16
+FLOAT32_ONLY = ("decode.c",)  # files that are not compiled for bfloat16
 TARGETS = (("-march=native",), ("-mcpu=native",), ())  # the first that this compiler knows
 TIMEOUT = 120  # s, for a compiler that hangs
 

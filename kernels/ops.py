@@ -42,8 +42,8 @@ class Op:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernels with bench.c's functions ready to call; OSError as load_library."""
-    lib = build.load_library()
+    """The compiled kernels in use, with bench.c's functions ready to call."""
+    lib = native.library()
     for name, letters in SIGNATURES.items():
         getattr(lib, name).argtypes = [build.TYPES[c] for c in letters]
     return lib
@@ -97,8 +97,8 @@ def products(c: M.ModelConfig, T: int, rng) -> list[Op]:
     """y = x w^T for the four matrices of a block, and both gradients for the last, the largest."""
     E = c.dim + 2 * c.n_kv_heads * c.head_dim
     out, into = 2 * c.hidden_dim, c.dim  # of gate and up side by side
-    shapes = {"q, k, v": (E, c.dim), "wo": (c.dim, c.dim), "down": (c.dim, c.hidden_dim),
-              "gate, up": (out, into)}
+    shapes = {"q k v": (E, c.dim), "wo": (c.dim, c.dim), "down": (c.dim, c.hidden_dim),
+              "gate up": (out, into)}
     return [*(product(f"product {name}", 0, T, *shape, rng) for name, shape in shapes.items()),
             product("  gradient of x", 1, T, into, out, rng),
             product("  gradient of w", 2, out, into, T, rng)]
@@ -348,14 +348,9 @@ def whole_call(name, sizes, in_c, apply, inputs, g, B, flops) -> list[Op]:
                flops=3 * flops, rows=B)]
 
 
-def whole_ops(c: M.ModelConfig, B: int, T: int) -> list[Op]:
-    """The calls of every stage, which come with float32 and with bfloat16 products."""
-    rng = torch.Generator().manual_seed(1)
-    return [*heads(c, B, T, rng), *trunks(c, B, T, rng)]
-
-
 def all_ops(c: M.ModelConfig, B: int, T: int) -> list[Op]:
     """Every kernel of training at the sizes of one model, rows and length."""
     rng = torch.Generator().manual_seed(1)
     alone = [part(c, T, rng) for part in (products, norms, ropes, swiglus, attentions)]
-    return [*(op for ops in alone for op in ops), *whole_ops(c, B, T)]
+    whole = [part(c, B, T, rng) for part in (heads, trunks)]
+    return [op for ops in (*alone, *whole) for op in ops]
