@@ -829,8 +829,9 @@ def duel(ours: dict, theirs: dict, rows: dict, annotator) -> dict:
                 zip(rows[goal], ours[goal]["texts"], theirs[goal]["texts"])]
         wins, losses = sum(g > 0 for g in gaps), sum(g < 0 for g in gaps)
         won, decided = won + wins, decided + wins + losses
-        better = ours[goal][key][:len(gaps)] > theirs[goal][key][:len(gaps)]
-        result |= {f"{goal}_reward_model": better.float().mean().item(),
+        scored = ours[goal][key][:len(gaps)] - theirs[goal][key][:len(gaps)]
+        result |= {f"{goal}_reward_model": (scored > 0).sum().item()
+                   / max((scored != 0).sum().item(), 1),  # equal answers decide nothing
                    f"{goal}_annotator": wins / max(wins + losses, 1),
                    f"{goal}_ties": len(gaps) - wins - losses}
     p = won / max(decided, 1)
@@ -860,7 +861,8 @@ def compare_versions(policy, at: Places) -> tuple[dict, dict, dict]:
               f"harmless: reward models {w['helpful_reward_model']:.0%} / "
               f"{w['harmless_reward_model']:.0%}, annotator {w['helpful_annotator']:.0%} / "
               f"{w['harmless_annotator']:.0%}; both {w['annotator']:.1%}, at least "
-              f"{w['annotator_low']:.1%} (95%), of {w['decided']} decided")
+              f"{w['annotator_low']:.1%} (95%), of {w['decided']} decided, "
+              f"{w['helpful_ties'] + w['harmless_ties']} ties")
     means = {name: {f"reward_{key}": answers[goal][key].mean().item() for goal, key in
                     (("helpful", "helpful"), ("harmless", "safety"))}
              for name, answers in said.items()}

@@ -1694,3 +1694,25 @@ def test_summaries_of_stages_stand_side_by_side_and_the_newest_counts(tmp_path):
     (7205, "2:00:05"), (360000, "100:00:00")])
 def test_clock(seconds, text):
     assert M.clock(seconds) == text
+
+
+# ---- what `make` ends with -----------------------------------------------------------------------
+
+def test_the_last_table_has_a_row_per_stage_and_leaves_out_what_is_not_known(tmp_path, capsys):
+    grades = {"T=1": {"gold_helpfulness": .81, "violations": .02, "false_refusals": .1},
+              "T=0.5": {"gold_helpfulness": .9}, "kl": .7, "reward_helpful": 1.25,
+              "reward_safety": 4.5}
+    M.summarize("pretrain", tmp_path, {"minutes": 2.5})
+    M.summarize("sft", tmp_path, {"minutes": 1.0})
+    M.summarize("sft", tmp_path, {"kl": 0.0}, add=True)  # known to a later stage only
+    M.summarize("gatt", tmp_path, {"minutes": 2.0, "after": {**grades, "seen": [.9, .8, .7]},
+                                   "before": {"ceiling": [.9], "seen": [.9, .1, .5]}})
+    M.print_summary(tmp_path)
+    head, pretrain, sft, gatt = capsys.readouterr().out.splitlines()
+    assert pretrain.split() == ["pretrain", "2.5"] and sft.split() == ["sft", "1.0", "0.00"]
+    assert gatt.split() == ["gatt", "2.0", "0.81", "0.90", "2.0%", "10.0%", "1.25", "/", "4.50",
+                            "0.70", "2", "->", "3"]  # turns with at least half of the ceiling
+    M.summarize("sft", tmp_path, {"minutes": 3.0})
+    assert json.loads((tmp_path / "summary.json").read_text())["sft"] == {"minutes": 3.0}
+    M.print_summary(tmp_path / "nowhere")  # an empty folder: the head alone
+    assert len(capsys.readouterr().out.splitlines()) == 1
