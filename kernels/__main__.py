@@ -15,7 +15,8 @@ train    a step of pretrain.py; rollout: 64 answers of 64 tokens; decode: one an
          PyTorch, and against transformers, trl 1.12.0 and llama-cpp-python where installed.
 
 Times depend on what else the machine does: the first line says how busy it is. Contestants run in
-turn, in processes of their own, and only ratios within a round are compared.
+turn, in processes of their own, and only ratios within a round are compared. On a machine that is
+never quiet, --threads 1 --clock cpu counts the processor time that each one used instead.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import math, os, platform, shlex, statistics, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -45,6 +47,8 @@ class Config:
     peers: bool = True  # also time transformers, trl and llama-cpp-python if installed
     only: str = ""  # only contestants whose name contains one of these words, comma between
     checkpoint: str | None = None  # decode: a model's folder or file instead of random weights
+    threads: int = 0  # for everyone; 0: as many as PyTorch takes
+    clock: Literal["wall", "cpu"] = "wall"  # cpu: processor time, for a busy machine and 1 thread
     quick: bool = False  # tiny sizes, one round: shows that everything runs, its times mean nothing
 
 
@@ -120,13 +124,13 @@ def check_generation() -> int:
 # ---------------------------------------------------------------------------------- measuring
 
 
-def rate(function, amount: float, seconds: float) -> float:
+def rate(function, amount: float, seconds: float, clock=time.perf_counter) -> float:
     """amount per second of function(repeat), repeated until that takes `seconds`, once."""
     repeat = 1
     while True:
-        start = time.perf_counter()
+        start = clock()
         function(repeat)
-        spent = time.perf_counter() - start
+        spent = clock() - start
         if spent >= seconds:
             return repeat * amount / spent
         repeat = max(repeat + 1, int(repeat * min(1.3 * seconds / max(spent, 1e-9), 100)))
@@ -135,7 +139,8 @@ def rate(function, amount: float, seconds: float) -> float:
 def rates(functions: list, amounts: list[float], cfg: Config) -> list[float]:
     """The median rate of each, over interleaved rounds: a b c a b c ..."""
     seconds, rounds = (0.001, 1) if cfg.quick else (cfg.seconds / 30, cfg.rounds)
-    found = [[rate(f, amount, seconds) for f, amount in zip(functions, amounts)]
+    clock = peers.CLOCKS[cfg.clock]
+    found = [[rate(f, amount, seconds, clock) for f, amount in zip(functions, amounts)]
              for _ in range(rounds + 1)]
     return [statistics.median(column) for column in zip(*found[1:])]
 
@@ -269,6 +274,8 @@ def chosen(cfg: Config) -> tuple[list[str], list[str]]:
     """(parts, shapes) as given; ValueError for one that does not exist."""
     if cfg.rounds < 1 or cfg.seconds <= 0:
         raise ValueError(f"--rounds {cfg.rounds} --seconds {cfg.seconds}: both must be above 0")
+    if cfg.clock == "cpu" and cfg.threads != 1:
+        raise ValueError("--clock cpu adds up the time of all threads: give --threads 1 with it")
     given = []
     for flag, there in (("parts", PARTS), ("shapes", (*peers.SHAPES, *M.PRESETS))):
         names = [name for name in getattr(cfg, flag).split(",") if name]
@@ -282,10 +289,13 @@ def chosen(cfg: Config) -> tuple[list[str], list[str]]:
 def main(cfg: Config) -> None:
     """Run the chosen parts; SystemExit(1) if a kernel is wrong."""
     parts, shapes = chosen(cfg)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     wants = set(parts)
     sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in peers.SHAPES]
     print(f"repeat: python {shlex.join(['-m', 'kernels', *sys.argv[1:]])}\n{processor()}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, {busy()}")
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{'processor time' if cfg.clock == 'cpu' else busy()}")
     line = kernels.choose("auto")
     print(line)
     compiled = line.startswith("kernels: C")

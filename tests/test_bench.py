@@ -86,15 +86,14 @@ def test_each_kernel_stands_beside_a_limit_and_pytorch(capsys):
     assert sum("GB/s" in line for line in table) == 5  # norm, rope and swiglu only move numbers
 
 
-def test_the_rate_is_the_work_over_the_time_of_all_repetitions(monkeypatch):
+def test_the_rate_is_the_work_over_the_time_of_all_repetitions():
     """A function of 0.25 s by a clock of our own, asked for a second: 3 units per 0.25 s = 12."""
-    clock = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    now = [0.0]
 
     def work(repeat):
-        clock[0] += 0.25 * repeat
+        now[0] += 0.25 * repeat
 
-    assert bench.rate(work, 3, 1.0) == pytest.approx(12)
+    assert bench.rate(work, 3, 1.0, clock=lambda: now[0]) == pytest.approx(12)
 
 
 # --------------------------------------------------------------------------------- whole tasks
@@ -136,17 +135,18 @@ class Pipe:
         self.sent.append(message)
 
 
-def test_the_referee_counts_what_is_done_while_it_is_its_turn(monkeypatch):
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_the_referee_counts_what_is_done_while_it_is_its_turn(clock, monkeypatch):
     """Set-up takes 3 s. A round lasts at least 2 s: three pieces of 7 in 0.9 s each, 21 / 2.7 s."""
-    clock = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    now = [0.0]
+    monkeypatch.setitem(peers.CLOCKS, clock, lambda: now[0])
     pipe = Pipe("go", "stop")
-    referee = peers.Referee(pipe, 2.0)
-    clock[0] += 3
+    referee = peers.Referee(pipe, 2.0, clock)
+    now[0] += 3
     referee.tick(7)
     with pytest.raises(peers.Finished):
         for _ in range(9):
-            clock[0] += 0.9
+            now[0] += 0.9
             referee.tick(7)
     assert pipe.sent == [("ready", 3.0), ("rate", pytest.approx(21 / 2.7))]
 
@@ -212,7 +212,8 @@ def test_what_is_not_installed_is_left_out_and_named(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, what", [
     (dict(parts="chek"), "choose of check, limits"), (dict(shapes="T9"), "choose of T1, T2"),
-    (dict(rounds=0), "must be above 0"), (dict(parts=""), "choose of check")])
+    (dict(rounds=0), "must be above 0"), (dict(parts=""), "choose of check"),
+    (dict(clock="cpu"), "give --threads 1")])
 def test_what_cannot_be_done_is_one_line(flags, what):
     with pytest.raises(ValueError, match=what) as e:
         bench.main(bench.Config(**flags))
