@@ -4,7 +4,7 @@
  *                 logp[n] = z[target[n]] - log sum_v exp(z[v])
  *
  * Forward: threads own rows; a row's sum of exponentials grows block of vocabulary by block, with a
- * running maximum, so a block of ROWS x COLS logits is all that exists, in the core's cache.
+ * running maximum, so a block of NB x VB logits is all that exists, in the core's cache.
  *
  * Backward: with g = d loss / d logp, and d logp / d z[v] = 1[v = target] - exp(z[v]) / sum exp(z),
  *     dz[v] = g (1[v = target] - exp(z[v] - log_sum)),
@@ -18,8 +18,8 @@
  */
 #include "kernels.h"
 
-#define ROWS 192 /* rows of a tile of logits */
-#define COLS 128 /* columns, a multiple of every NR */
+#define NB 192 /* rows (N) of a block of logits */
+#define VB 128 /* its columns (V), a multiple of every NR */
 
 typedef struct {
     long N, D, V;
@@ -29,13 +29,13 @@ typedef struct {
     const int64_t *targets; /* (N) */
     float temperature;
     float *logp, *log_sum;  /* (N) */
-    num *kept;              /* (V / COLS, N, COLS): logits less their shift; or NULL */
-    float *shifts;          /* (V / COLS, N) */
+    num *kept;              /* (V / VB, N, VB): logits less their shift; or NULL */
+    float *shifts;          /* (V / VB, N) */
     const float *g;         /* (N): gradient of logp */
     float *d_hidden, *dw;   /* (any, D), (V, D) */
     word *w_t;              /* panels of w^T (D, V): forward */
     num *h;                 /* (N, even(D)): the chosen rows, one after another */
-    word *h_packed;         /* the same as right matrices (ROWS, D): backward */
+    word *h_packed;         /* the same as right matrices (NB, D): backward */
     float *parts;           /* (n_threads, N, D): each thread's part of d_hidden */
     int failed;
 } Head;
@@ -46,15 +46,15 @@ static void gather_job(void *task, int thread, int n_threads) {
     Head *a = task;
     long D = a->D, ld = even(D);
     Pool pool = {.n = 0};
-    num *w = (num *)grab(&pool, COLS * ld);
+    num *w = (num *)grab(&pool, VB * ld);
     if (pool.failed) a->failed = 1;
-    for (long v = thread * COLS; a->w_t && !pool.failed && v < a->V; v += n_threads * COLS) {
-        long cols = at_most(COLS, a->V - v);
+    for (long v = thread * VB; a->w_t && !pool.failed && v < a->V; v += n_threads * VB) {
+        long cols = at_most(VB, a->V - v);
         pack_transposed(D, cols, narrowed(cols, D, a->w + v * D, w), ld, a->w_t + v * deep(D),
                         deep(D) * NR);
     }
-    for (long n = thread * ROWS; n < a->N; n += n_threads * ROWS) {
-        long m = at_most(ROWS, a->N - n);
+    for (long n = thread * NB; n < a->N; n += n_threads * NB) {
+        long m = at_most(NB, a->N - n);
         for (long r = n; r < n + m; r++)
             narrow(1, D, a->hidden + a->rows[r] * D, D, a->h + r * ld, ld);
         if (a->h_packed)
@@ -85,25 +85,25 @@ static void logprobs_job(void *task, int thread, int n_threads) {
     Head *a = task;
     long D = a->D;
     Pool pool = {.n = 0};
-    float *z = grab(&pool, ROWS * COLS);
+    float *z = grab(&pool, NB * VB);
     if (pool.failed) a->failed = 1;
-    long step = at_most(ROWS, round_up((a->N + n_threads - 1) / n_threads, MR)); /* even shares */
+    long step = at_most(NB, round_up((a->N + n_threads - 1) / n_threads, MR)); /* even shares */
     for (long n = thread * step; n < a->N && !pool.failed; n += n_threads * step) {
         long m = at_most(step, a->N - n);
-        float top[ROWS], sum[ROWS], target[ROWS];
+        float top[NB], sum[NB], target[NB];
         for (long r = 0; r < m; r++) top[r] = -INFINITY, sum[r] = 0, target[r] = 0;
-        for (long v = 0; v < a->V; v += COLS) {
-            long cols = at_most(COLS, a->V - v);
+        for (long v = 0; v < a->V; v += VB) {
+            long cols = at_most(VB, a->V - v);
             gemm(m, round_up(cols, NR), D, rows_of(a->h + n * even(D), even(D)),
-                 a->w_t + v * deep(D), deep(D) * NR, z, COLS, NULL, 0);
-            long block = v / COLS * a->N + n;
+                 a->w_t + v * deep(D), deep(D) * NR, z, VB, NULL, 0);
+            long block = v / VB * a->N + n;
             for (long r = 0; r < m; r++) {
                 long at = a->targets[n + r] - v;
-                if (at >= 0 && at < cols) target[r] = z[r * COLS + at] / a->temperature;
-                take_in(z + r * COLS, cols, 1.0f / a->temperature, top + r, sum + r);
+                if (at >= 0 && at < cols) target[r] = z[r * VB + at] / a->temperature;
+                take_in(z + r * VB, cols, 1.0f / a->temperature, top + r, sum + r);
                 if (a->kept) a->shifts[block + r] = top[r];
             }
-            if (a->kept) narrow(m, cols, z, COLS, a->kept + block * COLS, COLS);
+            if (a->kept) narrow(m, cols, z, VB, a->kept + block * VB, VB);
         }
         for (long r = 0; r < m; r++) {
             a->log_sum[n + r] = top[r] + logf(sum[r]);
@@ -114,8 +114,8 @@ static void logprobs_job(void *task, int thread, int n_threads) {
 }
 
 /* Floats that hold N x V logits for head_backward. */
-static long kept_logits(long N, long V) { return N * round_up(V, COLS) / PAIR; }
-EXPORT long kept_size(long N, long V) { return kept_logits(N, V) + N * round_up(V, COLS) / COLS; }
+static long kept_logits(long N, long V) { return N * round_up(V, VB) / PAIR; }
+EXPORT long kept_size(long N, long V) { return kept_logits(N, V) + N * round_up(V, VB) / VB; }
 
 /* Fill in where the logits are kept, if they are. */
 static void keep(Head *a, float *kept) {
@@ -150,20 +150,20 @@ static ALONE void logits_gradient(float *z, long cols, long at, float inverse, f
     if (at >= 0 && at < cols) z[at] += factor;
 }
 
-/* The block (m, cols) of gradients of logits at row n, token v: z (m, COLS). h, w_t: its factors,
+/* The block (m, cols) of gradients of logits at row n, token v: z (m, VB). h, w_t: its factors,
  * for logits that were not kept. */
 static void gradient_block(const Head *a, long n, long m, long v, long cols, const word *w_t,
                            float *z) {
-    long ld = even(a->D), block = v / COLS * a->N + n;
-    const num *kept = a->kept ? a->kept + block * COLS : NULL;
+    long ld = even(a->D), block = v / VB * a->N + n;
+    const num *kept = a->kept ? a->kept + block * VB : NULL;
     float inverse = 1.0f / a->temperature;
     if (!kept)
         gemm(m, round_up(cols, NR), a->D, rows_of(a->h + n * ld, ld), w_t, deep(a->D) * NR, z,
-             COLS, NULL, 0);
+             VB, NULL, 0);
     for (long r = 0; r < m; r++) {
-        float *row = z + r * COLS, factor = a->g[n + r] * inverse;
+        float *row = z + r * VB, factor = a->g[n + r] * inverse;
         float shift = kept ? a->shifts[block + r] : 0;
-        for (long j = 0; kept && j < cols; j++) row[j] = widen(kept[r * COLS + j]);
+        for (long j = 0; kept && j < cols; j++) row[j] = widen(kept[r * VB + j]);
         logits_gradient(row, cols, a->targets[n + r] - v, kept ? 1 : inverse,
                         a->log_sum[n + r] - shift, factor);
     }
@@ -173,27 +173,27 @@ static void head_backward_job(void *task, int thread, int n_threads) {
     Head *a = task;
     long D = a->D, D_up = round_up(D, NR), ld = even(D);
     Pool pool = {.n = 0};
-    float *z = grab(&pool, ROWS * COLS);
-    num *dz = PAIR == 1 ? (num *)z : (num *)grab(&pool, ROWS * COLS);
-    word *dz_t = grab_words(&pool, PAIR == 1 ? 0 : ROWS * COLS);
-    num *room = (num *)grab(&pool, COLS * ld);
-    word *w_t = grab_words(&pool, panels(D, COLS)), *w = grab_words(&pool, panels(COLS, D));
+    float *z = grab(&pool, NB * VB);
+    num *dz = PAIR == 1 ? (num *)z : (num *)grab(&pool, NB * VB);
+    word *dz_t = grab_words(&pool, PAIR == 1 ? 0 : NB * VB);
+    num *room = (num *)grab(&pool, VB * ld);
+    word *w_t = grab_words(&pool, panels(D, VB)), *w = grab_words(&pool, panels(VB, D));
     float *part = a->parts + thread * a->N * D;
     if (pool.failed) a->failed = 1;
     memset(part, 0, (size_t)(a->N * D) * sizeof(float));
-    for (long v = thread * COLS; v < a->V && !pool.failed; v += n_threads * COLS) {
-        long cols = at_most(COLS, a->V - v);
+    for (long v = thread * VB; v < a->V && !pool.failed; v += n_threads * VB) {
+        long cols = at_most(VB, a->V - v);
         float *dw = a->dw + v * D;
         const num *w_num = narrowed(cols, D, a->w + v * D, room);
         if (!a->kept) pack_transposed(D, cols, w_num, ld, w_t, deep(D) * NR);
         pack(cols, D, w_num, ld, w, deep(cols) * NR);
-        for (long n = 0; n < a->N; n += ROWS) {
-            long m = at_most(ROWS, a->N - n);
+        for (long n = 0; n < a->N; n += NB) {
+            long m = at_most(NB, a->N - n);
             gradient_block(a, n, m, v, cols, w_t, z);
-            narrow(m, cols, z, COLS, dz, COLS);
-            gemm(m, D, cols, rows_of(dz, COLS), w, deep(cols) * NR, part + n * D, D, part + n * D,
+            narrow(m, cols, z, VB, dz, VB);
+            gemm(m, D, cols, rows_of(dz, VB), w, deep(cols) * NR, part + n * D, D, part + n * D,
                  D);
-            gemm(cols, D, m, columns(m, cols, dz, COLS, dz_t), a->h_packed + n / PAIR * D_up,
+            gemm(cols, D, m, columns(m, cols, dz, VB, dz_t), a->h_packed + n / PAIR * D_up,
                  deep(m) * NR, dw, D, n ? dw : NULL, D);
         }
     }
