@@ -111,12 +111,11 @@ INLINE float greatest(const float *w) {
  * greatest size becomes one of -7 .. -9 (cut to -8) in quarters; q follows, and for that q the best
  * step is d = sum w q / sum q^2, with error sum w^2 - (sum w q)^2 / sum q^2. */
 INLINE float step_int4(const float *w) {
-    float most = greatest(w), best = 0, step = 0;
+    float most = greatest(w), top = 0, best = 0, step = 0;
     if (!(most > 0)) return most; /* 0 or nan */
-    for (int k = 0; k < GROUP; k++)
-        if (w[k] == -most) goto negative;
-    most = -most; /* the sign that lets the greatest be -8 */
-negative:
+#pragma omp simd reduction(max : top)
+    for (int k = 0; k < GROUP; k++) top = w[k] > top ? w[k] : top;
+    if (top == most) most = -most; /* a step below 0 lets the greatest be -8 */
     for (int i = 0; i <= 8; i++) {
         float inverse = (7.0f + 0.25f * (float)i) / most, wq = 0, qq = 0;
 #pragma omp simd reduction(+ : wq, qq)
@@ -206,7 +205,7 @@ static ALONE void quantise_input(long cols, const Input *in) {
 #pragma omp simd
         for (int k = 0; k < GROUP; k++) q[k] = (int8_t)n[k];
         in->step[g] = most / 127.0f; /* nan if x is not finite: it reaches y */
-        in->sum[g] = (int32_t)sum;
+        in->sum[g] = most == most ? (int32_t)sum : 0;
     }
 }
 
