@@ -419,7 +419,7 @@ def draw_figure(out: Path, before: dict, after: dict) -> Path:
     matplotlib.use("Agg")  # a file, not a window
     import matplotlib.pyplot as plt
 
-    figure, (curves, *maps) = plt.subplots(1, 3, figsize=(16, 4.6))
+    figure, (curves, *maps) = plt.subplots(1, 3, figsize=(18, 4.6), layout="constrained")
     for report, when, style in ((before, "before", "o--"), (after, "after GAtt", "o-")):
         for name, color in (("seen", "tab:blue"), ("unseen", "tab:orange")):
             curves.plot(range(1, len(report[name]) + 1), report[name], style, color=color,
