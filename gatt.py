@@ -18,6 +18,8 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 Differs from the paper:
 - Up to --tries answers are sampled; one that fails the instruction's string check is not kept.
 - The model's own answers to ordinary prompts are learnt beside them, so that nothing else is lost.
+- In the tiny world attention's matrices alone are trained: there are 33 values to obey, and a whole
+  network learns these by heart instead of looking back (values never trained on then fall apart).
 - Earlier answers in the tiny world's dialogues are sampled to each question alone.
 """
 
@@ -48,6 +50,7 @@ class Config:
     turns: int = 12  # questions of the longest; the paper's hold for 20 and more (§A.3.5)
     tries: int = 3  # samples until one obeys; paper: 1 (§3.3)
     replay: int = 1000  # ordinary prompts whose answers are learnt too; paper: 0 (§3.3)
+    train: Literal["attention", "all"] = "attention"  # weights; from 7b on all, as in SFT (§3.3)
     epochs: int = 3  # passes over all examples; UNSPECIFIED in L2 (SFT: 2)
     batch_size: int = 16  # packed rows per step, over all ranks; UNSPECIFIED in L2
     micro_batch: int = 16  # rows per rank and forward pass; smaller needs less memory
@@ -67,10 +70,10 @@ class Config:
 
 
 # From 7b on, in place of the defaults above, as in SFT [L2 §3.1].
-PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096}
+PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096, "train": "all"}
 TEMPERATURE = 0.7  # of the answers that are learnt; UNSPECIFIED in L2
 LOG_EVERY = 5  # steps between two lines on the screen and in out/gatt.jsonl
-EVAL_TURNS = 20  # as in Table 30, or as many as fit the context
+EVAL_TURNS = 12  # or as many as fit the context; paper: 20 (Table 30)
 ROOM = 32  # tokens that every test dialogue must have left for its next answer
 BIN = 8  # neighbouring tokens that are drawn as one (Fig. 10)
 
@@ -119,8 +122,8 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 5) -> float:
 
 
 def default_lr(dim: int) -> float:
-    """2e-5 from 7b on, as SFT [L2 §3.1]; below, inversely to the width: 6e-4 for the tiny 128."""
-    return 2e-5 if dim >= 4096 else 6e-4 * 128 / dim
+    """2e-5 from 7b on, as SFT [L2 §3.1]; below, inversely to the width: 1e-3 for the tiny 128."""
+    return 2e-5 if dim >= 4096 else 1e-3 * 128 / dim
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -162,10 +165,13 @@ def tiny_world(cfg: Config) -> dict:
 
     test = cfg.seed + 1_000_003
     talks = world.conversations(cfg.turns, "train", cfg.dialogues, cfg.seed)
+    lengths = [1 + int(cfg.turns * (i / cfg.dialogues) ** 1.5) for i in range(cfg.dialogues)]
     dialogs = [[{"role": role, "content": text if role == "user" else None}
-                for text in texts[:1 + int(cfg.turns * (i / cfg.dialogues) ** 2)]  # most are short
-                for role in ("user", "assistant")][:-1] for i, texts in enumerate(talks)]
-    prompts = world.prompts("all", "train", cfg.replay, test, data.STYLED)
+                for text in texts[:length] for role in ("user", "assistant")][:-1]
+               for texts, length in zip(talks, lengths)]  # most are short
+    safety = cfg.replay // 3
+    prompts = [row for mix, n in (("all", cfg.replay - safety), ("safety", safety))
+               for row in world.prompts(mix, "train", n, test, data.STYLED)]
     return {"dialogs": dialogs, "instructions": rows("seen", cfg.dialogues, cfg.seed),
             "prompts": [row["messages"] for row in prompts],
             "questions": world.conversations(EVAL_TURNS, "test", cfg.eval_prompts, test),
@@ -288,21 +294,21 @@ def converse(model, tokenizer, cfg: Config, rows, questions, place) -> tuple[lis
     """Answer every question in turn, the model's own earlier answers in view, at temperature 1.
 
     Returns the share of answers that obey, by turn, and the dialogues as they were read. place:
-    `keep_first` asks for memory, `repeat_instruction` gives the ceiling. Ends after EVAL_TURNS, or
-    when one of the dialogues has no ROOM left in the context.
+    `keep_first` asks for memory, `repeat_instruction` gives the ceiling. A dialogue leaves when it
+    has no ROOM in the context; ends after EVAL_TURNS, or when fewer than half are left.
     """
-    talks, held = [[] for _ in rows], []
+    talks, held, alive = [[] for _ in rows], [], list(range(len(rows)))
     for turn in range(EVAL_TURNS):
-        opened = [[*talk, {"role": "user", "content": texts[turn]}]
-                  for talk, texts in zip(talks, questions)]
-        asked = [place(row["instruction"], talk) for row, talk in zip(rows, opened)]
-        longest = max(len(data.encode_dialog(tokenizer, messages)[0]) for messages in asked)
-        if longest + ROOM > model.config.max_seq_len:
+        opened = {i: [*talks[i], {"role": "user", "content": questions[i][turn]}] for i in alive}
+        asked = {i: place(rows[i]["instruction"], talk) for i, talk in opened.items()}
+        alive = [i for i in alive if len(data.encode_dialog(tokenizer, asked[i])[0]) + ROOM
+                 <= model.config.max_seq_len]
+        if 2 * len(alive) < len(rows) or not alive:
             break
-        answers, _ = answers_to(model, tokenizer, cfg, asked, seed=turn)
-        held.append(sum(map(obeys, rows, answers)) / len(rows))
-        talks = [[*talk, {"role": "assistant", "content": text}]
-                 for talk, text in zip(opened, answers)]
+        answers, _ = answers_to(model, tokenizer, cfg, [asked[i] for i in alive], seed=turn)
+        held.append(sum(obeys(rows[i], text) for i, text in zip(alive, answers)) / len(alive))
+        for i, text in zip(alive, answers):
+            talks[i] = [*opened[i], {"role": "assistant", "content": text}]
     return held, [place(row["instruction"], talk) for row, talk in zip(rows, talks)]
 
 
@@ -413,7 +419,7 @@ def draw_figure(out: Path, before: dict, after: dict) -> Path:
     matplotlib.use("Agg")  # a file, not a window
     import matplotlib.pyplot as plt
 
-    figure, (curves, *maps) = plt.subplots(1, 3, figsize=(16, 4.6))
+    figure, (curves, *maps) = plt.subplots(1, 3, figsize=(18, 4.6), layout="constrained")
     for report, when, style in ((before, "before", "o--"), (after, "after GAtt", "o-")):
         for name, color in (("seen", "tab:blue"), ("unseen", "tab:orange")):
             curves.plot(range(1, len(report[name]) + 1), report[name], style, color=color,
@@ -501,6 +507,8 @@ def main(cfg: Config) -> dict:
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))
     model = scale.wrap(model, world, recompute=cfg.recompute)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(cfg.train == "all" or ".attention.w" in name)
     optimizer = M.adamw(model, 0.0, 0.1)
     saved = scale.load_state(state, model, optimizer, world, check=lambda extra: M.check_resume(
         extra, cfg, tokenizer.model_bytes)) if cfg.resume else None

@@ -166,7 +166,7 @@ class Numbers:
         return ""
 
 
-def no_questions(kind, split, count: int, seed: int) -> list[dict]:
+def no_questions(kind, split, count: int, seed: int, styled: float) -> list[dict]:
     """Rows in the form of data.World.prompts; `Numbers` gives them their length."""
     return [{"messages": [{"role": "user", "content": "?"}], "is_safety": False}] * count
 

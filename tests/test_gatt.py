@@ -123,9 +123,11 @@ def test_unseen_values_are_in_no_training_instruction(world_material):
     assert unseen <= words(world_material["unseen"])
 
 
-def test_trained_answers_stand_at_every_turn_equally_often(world_material):
+def test_trained_answers_stand_at_every_turn_more_often_at_early_ones(world_material):
     lengths = [len(contents(dialog, "user")) for dialog in world_material["dialogs"]]
-    assert [lengths.count(n) for n in range(1, 6)] == [80] * 5
+    counts = [lengths.count(n) for n in range(1, 6)]
+    assert sum(counts) == len(lengths) == 400 and counts == sorted(counts, reverse=True)
+    assert counts[-1] > 40
     assert all(dialog[-1]["role"] == "user" for dialog in world_material["dialogs"])
 
 
@@ -366,6 +368,31 @@ def test_the_stage_writes_checkpoint_examples_figure_and_summary(checkpoint, eas
 def test_show_batch_colours_the_loss_and_trains_nothing(checkpoint, easy, capsys):
     assert gatt.main(toy(checkpoint, show_batch=True)) == {}
     assert "\x1b[92m" in capsys.readouterr().out and not (checkpoint / "gatt.pt").exists()
+
+
+def test_a_full_dialogue_leaves_and_the_others_go_on_while_they_are_half(monkeypatch, tokenizer):
+    asked = []
+
+    def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0):
+        asked.append(len(dialogs))
+        return ["I am Plato."] * len(dialogs), 1.0
+
+    monkeypatch.setattr(gatt, "answers_to", answers_to)
+    long, short = ["Where does Mira live? " * 4] * 12, ["a?"] * 12
+    held, talks = gatt.converse(M.Llama(SHAPE), tokenizer, Config(), [RULE] * 2, [long, short],
+                                gatt.keep_first)
+    assert asked[0] == 2 and asked[-1] == 1 and held == [1.0] * len(asked)
+    assert len(talks[0]) < len(talks[1])
+
+
+@pytest.mark.parametrize(("train", "kept"), [("attention", True), ("all", False)])
+def test_by_default_attention_alone_learns(checkpoint, easy, train, kept):
+    before = M.load(checkpoint / "ppo.pt", "cpu")[0].state_dict()
+    gatt.main(toy(checkpoint, train=train))
+    after = M.load(checkpoint / "gatt.pt", "cpu")[0].state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    attention = {name for name in before if ".attention.w" in name}
+    assert not same & attention and (same == before.keys() - attention) == kept
 
 
 def test_a_killed_run_resumes_to_the_same_weights_without_sampling(checkpoint, easy, monkeypatch):
