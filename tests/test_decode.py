@@ -172,7 +172,10 @@ PROMPT = [1, 2, 3]
 
 
 def sharp():
-    return network(TALKER, gain=6.0)  # decided enough that rounding does not choose tokens
+    net = network(TALKER, gain=6.0)  # decided enough that rounding does not choose tokens
+    rng = torch.Generator().manual_seed(1)  # a head like the embedding repeats one word for ever
+    torch.nn.init.normal_(net.output.weight, std=0.12, generator=rng)
+    return net
 
 
 def test_500_greedy_tokens_in_fp32_are_those_of_pytorch():

@@ -90,7 +90,7 @@ def loss_of(model, rows):
     return -logp.mean()
 
 
-def build(world, recompute=False, lr=1e-2):
+def build(world, recompute=False, lr=2e-3):
     with torch.device("meta"):
         model = M.Llama(CONFIG)
     model = scale.wrap(model, world, seed=3, recompute=recompute)
@@ -886,7 +886,7 @@ def shards(tmp_path_factory):
         (folder / "corpus" / f"{name}.jsonl").write_text(
             "".join(json.dumps({"text": t}) + "\n" for t in part))
     (folder / "t.model").write_bytes(data.train_tokenizer(texts, 320))
-    cfg = scale.Tokenise(str(folder / "corpus"), str(folder / "t.model"), str(folder / "out"), 1, 2)
+    cfg = scale.Tokenise(str(folder / "corpus"), str(folder / "t.model"), out=str(folder / "out"), workers=1)
     return folder, texts, cfg
 
 
