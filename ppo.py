@@ -12,7 +12,7 @@ both in sequence; between versions new comparisons keep the reward models on the
 in  : out/sft.pt, out/reward_helpful.pt, out/reward_safety.pt
 out : out/rlhf_v1.pt .. rlhf_v5.pt, out/ppo.pt, out/ppo.jsonl, out/figures/ppo.png,
       out/refreshed_N/: comparisons after round N, and the reward models trained on with them
-run : python ppo.py                                       about 5 minutes on two cores
+run : python ppo.py                                       about 4 minutes on two AVX2 cores
       python ppo.py --reward my_reward.py:fn              your own fn(prompts, responses) -> scores
 
 Keys: [L2] Llama 2, 2307.09288.  [PPO] 1707.06347.  [GAE] 1506.02438.  [N+] 2403.17031.

@@ -8,14 +8,14 @@ Everything the later stages align (facts, grammar, answering a question at all) 
 
 in  : nothing (the tiny world of data.py), or your own text with --data
 out : out/pretrain.pt, out/pretrain.jsonl, out/figures/pretrain.png (the counterpart of Fig. 5)
-run : python pretrain.py                                  about 3 minutes on two cores
+run : python pretrain.py                                  about 4 minutes on two AVX2 cores
       python pretrain.py --data book.txt --minutes 3      your own text; prints bits per byte
       torchrun --nproc-per-node 8 pretrain.py --model 7b --data wiki=2,web    token shards
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
-- Less than two million tokens of a synthetic world instead of two trillion of public text.
+- Two million tokens of a synthetic world instead of two trillion of public text.
 - Learning rate, warm-up, batch and sequence length are those of a toy; the paper's from 7b on.
 """
 

@@ -12,7 +12,7 @@ replaces the one over the vocabulary, and is read at the EOS of the dialogue.
 in  : out/sft.pt; comparisons of two variants of it that the annotator labels, or yours (--data)
 out : out/reward_helpful.pt, out/reward_safety.pt, out/reward.jsonl, out/figures/reward.png,
       out/preferences_*.jsonl: the comparisons, in the form of a user's own
-run : python reward.py                                  about 2 minutes on two cores
+run : python reward.py                                  about 2 minutes on two AVX2 cores
       python reward.py --data mine.jsonl,mine_test.jsonl      rows as in data.read_preferences
       python reward.py --sweep --ablate                 more pairs, more layers, other losses
 

@@ -10,7 +10,7 @@ is wrong with them is what the reward models and RLHF will mend.
 
 in  : out/pretrain.pt, and dialogues of the tiny world or your own (--data rows.jsonl)
 out : out/sft.pt, out/sft.jsonl, out/figures/sft.png
-run : python sft.py                                       about 1 minute on two cores
+run : python sft.py                                       about 1 minute on two AVX2 cores
       python sft.py --data rows.jsonl --show-batch        look at what carries loss, then stop
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
