@@ -122,7 +122,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 5) -> float:
 
 
 def default_lr(dim: int) -> float:
-    """2e-5 from 7b on, as SFT [L2 §3.1]; below, inversely to the width: 1.5e-3 for the tiny 128"""
+    """2e-5 from 7b on, as SFT [L2 §3.1]; below, by the width: 1.5e-3 for the tiny 128."""
     return 2e-5 if dim >= 4096 else 1.5e-3 * 128 / dim
 
 
