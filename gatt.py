@@ -13,6 +13,8 @@ out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl, out/figures/gatt.pn
 run : python gatt.py                                      about 2 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
+Expect instructions that were gone on turn 2 to be followed on turn 9 about as often as on turn 1.
+
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
