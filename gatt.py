@@ -10,7 +10,7 @@ and learnt while only the system message has it. u: user, a: answer, E: its EOS,
 
 in  : out/ppo.pt, and questions of the tiny world or your own (--data and --instructions)
 out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl, out/figures/gatt.png
-run : python gatt.py                                      about 3 minutes on two AVX2 cores
+run : python gatt.py                                      3 to 4 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
 Expect instructions that were gone on turn 2 to be followed on turn 9 about as often as on turn 1.
@@ -430,7 +430,7 @@ def draw_figure(out: Path, before: dict, after: dict) -> Path:
                 label="ceiling: told on every turn, before")
     curves.set(title="The instruction is given on turn 1 only", xlabel="turn", ylim=(0, 1.02),
                ylabel="share of answers that obey")
-    curves.legend(fontsize=8, loc="center right")
+    curves.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
     curves.grid(alpha=0.3)
     for panel, report, when in zip(maps, (before, after), ("before", "after GAtt")):
         binned = F.max_pool2d(report["map"][None], BIN, ceil_mode=True)[0]
