@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import select
+import signal
 import sys
 import time
 import zlib
@@ -347,6 +348,7 @@ def session(out, tmp_path_factory):
     state = tmp_path_factory.mktemp("state")
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         os.chdir(ROOT)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(state)}
         os.execve(sys.executable, [sys.executable, "chat.py", "--out", str(out), "--temperature",
