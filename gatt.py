@@ -20,8 +20,8 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 Differs from the paper:
 - Up to --tries answers are sampled; one that fails the instruction's string check is not kept.
 - The model's own answers to ordinary prompts are learnt beside them, so that nothing else is lost.
-- In the tiny world attention's matrices alone are trained: there are 33 values to obey, and a whole
-  network learns these by heart instead of looking back (values never trained on then fall apart).
+- In the tiny world attention's matrices alone are trained. There are 33 values to obey, and a whole
+  network learns them by heart: on one seed 19% then obeyed a value never trained on at turn 10.
 - Earlier answers in the tiny world's dialogues are sampled to each question alone.
 """
 
@@ -471,6 +471,12 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
     return loss, norm
 
 
+def let_learn(model, which: str) -> None:
+    """which: "all" weights, or those of "attention" alone, which decides where to look back to."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(which == "all" or ".attention.w" in name)
+
+
 def train(model, rows, first: int, optimizer, tokenizer, cfg: Config, world) -> None:
     """The loop over packed `rows`, from step `first` on, as in SFT."""
     total = math.ceil(len(rows[0]) / cfg.batch_size)
@@ -509,8 +515,7 @@ def main(cfg: Config) -> dict:
     world = scale.setup(cfg.device, cfg.tp)
     print(kernels.choose(cfg.kernels, world.device))
     model = scale.wrap(model, world, recompute=cfg.recompute)
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(cfg.train == "all" or ".attention.w" in name)
+    let_learn(model, cfg.train)
     optimizer = M.adamw(model, 0.0, 0.1)
     saved = scale.load_state(state, model, optimizer, world, check=lambda extra: M.check_resume(
         extra, cfg, tokenizer.model_bytes)) if cfg.resume else None

@@ -342,8 +342,9 @@ class Llama(nn.Module):
         divided by sqrt(2L), so that its variance at the end does not depend on depth. A scalar
         head starts at std 1/sqrt(D+1): scores of order 1 whatever the width [N+]. The head of a
         narrow network starts equal to the embedding: then a word that attention brings along is a
-        guess at that word from the first step on, and copying is learnt from half the tokens. (Not
-        in a wide one: the logit of the word just read starts at 0.02 D.)
+        guess at that word from the first step on, and copying is learnt sooner (`tiny` was further
+        after 1.2 million tokens than without it after 1.5). Not in a wide one: the logit of the
+        word just read starts at 0.02 D.
         """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):

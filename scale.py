@@ -1049,6 +1049,7 @@ def tokenise(cfg: Tokenise) -> None:
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
+    """The JSON file that says which shards a folder has, whole or not at all."""
     M.atomic_write(path, lambda f: f.write(json.dumps(manifest, indent=1).encode()))
 
 

@@ -190,6 +190,16 @@ def answers_to(model, tokenizer, dialogs: list, temperature: float, seed=0, max_
     return [tokenizer.decode(row).strip() for row in tokens], ended
 
 
+def grade(model, tokenizer, cfg: Config) -> dict:
+    """What the annotator thinks of the model's answers, and of those it has learnt from."""
+    village = data.World()
+    own = village.demonstrated()
+    print(f"demonstrations' own answers: helpfulness {own['gold_helpfulness']:.3f}  violations "
+          f"{own['violations']:.1%}  false refusals {own['false_refusals']:.1%}")
+    answer = functools.partial(answers_to, model, tokenizer)
+    return {"demonstrations": own, **data.Annotator(village).examine(answer, cfg.eval_prompts)}
+
+
 # ---------------------------------------------------------------------------------------- main
 
 
@@ -274,15 +284,11 @@ def main(cfg: Config) -> dict:
             info = M.resume_info(done, total, cfg, tokenizer.model_bytes)
             scale.save_state(state, model, optimizer, info, world)
 
-    final = {"val_loss": metrics["val_loss"], "minutes": (time.time() - began) / 60}
+    final = {"val_loss": metrics["val_loss"]}
     if not cfg.data:
-        annotator = data.Annotator(data.World())
-        answer = functools.partial(answers_to, model, tokenizer)
-        final["demonstrations"] = own = data.World().demonstrated()
-        print(f"demonstrations' own answers: helpfulness {own['gold_helpfulness']:.3f}  violations "
-              f"{own['violations']:.1%}  false refusals {own['false_refusals']:.1%}")
         with scale.unsharded(model, world):
-            final |= annotator.examine(answer, cfg.eval_prompts)
+            final |= grade(model, tokenizer, cfg)
+    final["minutes"] = (time.time() - began) / 60
     weights = scale.full_weights(model, world)
     if world.is_main:
         M.save(out / "sft.pt", model, "sft", tokenizer.model_bytes, final,
