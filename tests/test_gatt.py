@@ -117,9 +117,11 @@ def test_half_of_the_instructions_are_terse_and_some_are_two_in_one(world_materi
 
 
 def test_unseen_values_are_in_no_training_instruction(world_material):
-    unseen = {w for rule in ("figure", "greeting", "hobby") for w in data.WORDS[rule][-data.UNSEEN:]}
+    unseen = {w for rule in ("figure", "greeting", "hobby")
+              for w in data.WORDS[rule][-data.UNSEEN:]}
     words = lambda rows: set(re.findall(r"\w+", " ".join(row["instruction"] for row in rows)))
-    assert not unseen & words(world_material["instructions"]) | unseen & words(world_material["seen"])
+    assert not unseen & words(world_material["instructions"])
+    assert not unseen & words(world_material["seen"])
     assert unseen <= words(world_material["unseen"])
 
 
@@ -147,7 +149,7 @@ def material(**changes) -> dict:
 
 
 def sampled(monkeypatch, tokenizer, answer, cfg=None, **changes):
-    """sample_examples with answer(messages, seed) in the model's place: (examples, what it read)."""
+    """sample_examples with answer(messages, seed) for the model: (examples, what it read)."""
     read = []
 
     def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0):
@@ -194,7 +196,8 @@ def test_an_answer_that_disobeys_is_tried_again_and_then_dropped(monkeypatch, to
 
 
 def test_a_model_that_never_obeys_is_named_as_the_problem(monkeypatch, tokenizer):
-    with pytest.raises(ValueError, match="no answer obeys its instruction, such as 'Act as Plato.'"):
+    words = "no answer obeys its instruction, such as 'Act as Plato.'"
+    with pytest.raises(ValueError, match=words):
         sampled(monkeypatch, tokenizer, lambda messages, seed: "No.")
 
 
@@ -208,7 +211,8 @@ def test_dialogues_without_room_for_an_answer_are_left_out(monkeypatch, tokenize
 
 
 def write(path: Path, *rows) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
 
@@ -229,7 +233,8 @@ def test_a_bad_instruction_is_named_by_file_and_line(tmp_path, row, words):
 
 def test_own_files_hold_out_instructions_and_dialogues(tmp_path):
     rules = [{"instruction": f"Say {n}.", "contains": [str(n)]} for n in range(10)]
-    talks = [{"messages": [{"role": "system", "content": "Old."}, {"role": "user", "content": f"u{n}"},
+    talks = [{"messages": [{"role": "system", "content": "Old."},
+                           {"role": "user", "content": f"u{n}"},
                            {"role": "assistant", "content": f"a{n}"}]} for n in range(10)]
     found = gatt.own_files(Config(data=write(tmp_path / "d.jsonl", *talks), dialogues=50, replay=9,
                                   instructions=write(tmp_path / "i.jsonl", *rules)))
@@ -286,7 +291,8 @@ def test_attention_map_is_the_maximum_of_a_naive_softmax():
                     a = torch.view_as_complex(q[t, h * hd:(h + 1) * hd].view(-1, 2))
                     b = torch.view_as_complex(k[s, kv * hd:(kv + 1) * hd].view(-1, 2))
                     angle = (t - s) * 1e4 ** (-torch.arange(hd // 2).double() * 2 / hd)
-                    score[s] = (a * b.conj() * torch.polar(torch.ones_like(angle), angle)).real.sum()
+                    turned = torch.polar(torch.ones_like(angle), angle)
+                    score[s] = (a * b.conj() * turned).real.sum()
                 weights = (score / math.sqrt(hd)).softmax(0)
                 expected[t, :t + 1] = torch.maximum(expected[t, :t + 1], weights)
     assert torch.allclose(found, expected, atol=1e-5)
@@ -321,7 +327,8 @@ def test_memory_is_asked_for_with_one_instruction_and_the_ceiling_with_many(monk
                                          (gatt.repeat_instruction, [1, 2, 3])])
 def test_a_test_dialogue_holds_the_models_own_answers(monkeypatch, tokenizer, place, seen):
     """The instruction is read once, or once a turn; the share that obeys is counted by turn."""
-    read, replies = [], iter([["I am Plato.", "No."], ["I am Plato.", "I am Plato."], ["No.", "No."]])
+    read, replies = [], iter([["I am Plato.", "No."], ["I am Plato.", "I am Plato."],
+                              ["No.", "No."]])
 
     def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0):
         read.append([list(messages) for messages in dialogs])
@@ -341,7 +348,8 @@ def test_a_test_dialogue_ends_before_it_outgrows_the_context(monkeypatch, tokeni
     monkeypatch.setattr(gatt, "answers_to", lambda *args, seed: (["word " * 20], 1.0))
     net, long = M.Llama(SHAPE), "Where does Mira live? " * 3
     held, talks = gatt.converse(net, tokenizer, Config(), [RULE], [[long] * 20], gatt.keep_first)
-    used = [len(data.encode_dialog(tokenizer, talks[0][:2 * n])[0]) for n in (len(held), len(held) + 1)]
+    used = [len(data.encode_dialog(tokenizer, talks[0][:2 * n])[0])
+            for n in (len(held), len(held) + 1)]
     assert 1 <= len(held) < 20 and used[0] + gatt.ROOM <= SHAPE.max_seq_len
 
 
@@ -440,3 +448,36 @@ def test_a_row_must_hold_an_answer_and_fit_the_context(checkpoint, seq_len):
 def test_every_flag_is_read():
     source = Path(gatt.__file__).read_text()
     assert not [name for name in Config.__dataclass_fields__ if f"cfg.{name}" not in source]
+
+
+# ---- beside the other stages ---------------------------------------------------------------------
+
+
+def test_kl_and_rewards_are_measured_by_what_the_folder_holds(tmp_path, tokenizer):
+    net, other = (M.Llama(SHAPE).init_weights(seed) for seed in (3, 4))
+    cfg = toy(tmp_path, eval_prompts=12)
+    assert gatt.beside_the_others(net, tokenizer, cfg) == {}  # nothing to compare with
+    M.save(tmp_path / "sft.pt", net, "sft", tokenizer.model_bytes)
+    assert gatt.beside_the_others(net, tokenizer, cfg)["kl"] == pytest.approx(0, abs=1e-4)
+    M.save(tmp_path / "sft.pt", other, "sft", tokenizer.model_bytes)
+    scorers = [M.Llama(replace(SHAPE, scalar_head=True)).init_weights(seed) for seed in (5, 6, 7)]
+    places = [("refreshed_2", "helpful"), ("refreshed_10", "helpful"), ("refreshed_10", "safety")]
+    for (folder, which), scorer in zip(places, scorers):  # 10 is newer than 2
+        M.save(tmp_path / folder / f"reward_{which}.pt", scorer, which, tokenizer.model_bytes)
+    found = gatt.beside_the_others(net, tokenizer, cfg)
+
+    village, naive = data.World(), {"helpful": [], "unsafe": []}
+    for mix, scorer in (("helpful", scorers[1]), ("unsafe", scorers[2])):
+        prompts = [data.encode_dialog(tokenizer, row["messages"])[0]
+                   for row in village.prompts(mix, "test", 12, 11)]
+        answers, logp = M.rollout(net, prompts, cfg.max_new_tokens, seed=cfg.seed,
+                                  stop=tokenizer.eos_id)
+        for prompt, answer, own in zip(prompts, answers, logp):
+            tokens = torch.tensor([prompt + answer])
+            theirs = M.logprobs(other(tokens[:, :-1]), tokens[:, 1:])[0, len(prompt) - 1:]
+            naive[mix].append((sum(own) - theirs.sum().item(), scorer(tokens)[0, -1].item()))
+    kl, helpful = (sum(column) / 12 for column in zip(*naive["helpful"]))
+    assert found["kl"] == pytest.approx(kl, abs=1e-4) and kl > 0.001
+    assert found["reward_helpful"] == pytest.approx(helpful, abs=1e-5)
+    assert found["reward_safety"] == pytest.approx(
+        sum(score for _, score in naive["unsafe"]) / 12, abs=1e-5)

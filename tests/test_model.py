@@ -549,6 +549,15 @@ def test_init_std_is_two_percent_and_less_for_residual_projections():
             assert abs(p.mean()) < 5 * std / p.numel() ** 0.5, name
 
 
+@pytest.mark.parametrize(("dim", "equal"), [(64, True), (512, True), (520, False)])
+def test_the_head_of_a_narrow_network_starts_as_the_embedding_and_is_its_own(dim, equal):
+    net = Llama(ModelConfig(dim, 1, 4, 4, 4, 40, 16)).init_weights(1)
+    assert torch.equal(net.output.weight, net.tok_embeddings.weight) == equal
+    with torch.no_grad():
+        net.output.weight.zero_()
+    assert net.tok_embeddings.weight.abs().max() > 0  # untied [L2 §2.2]
+
+
 def test_init_of_a_scalar_head_gives_scores_of_order_one():
     """std 1/sqrt(D+1) [N+], here 1/32: the hidden state has mean square 1, so have the scores."""
     net = Llama(ModelConfig(1024, 1, 64, 1, 2, 3, 4, scalar_head=True)).init_weights()

@@ -129,6 +129,13 @@ def test_whitening_counts_the_mask_only_and_is_blind_to_scale():
     assert torch.allclose(whiten(3 * x + 7, mask), white, atol=1e-5)
 
 
+def test_a_share_of_the_prompts_comes_with_an_instruction(folder, village, monkeypatch):
+    monkeypatch.undo()  # of `few_prompts`
+    rows = ppo.draw_prompts(toy(folder), village, "share", 300)
+    told = sum(any(data.rules_in(m["content"]) for m in row["messages"]) for row in rows)
+    assert len(rows) == 300 and 0.12 < told / 300 < 0.28
+
+
 def test_the_held_out_kl_counts_every_answer(folder, tokenizer, village):
     """2 x 8 prompts in forward passes of 4 (12 prompts here): the mean over all answers."""
     at, row = places(folder, tokenizer, village, beta=0.1), []
@@ -404,6 +411,44 @@ def test_every_version_starts_from_sft_and_the_newest_model_samples(folder, toke
         (folder / "rlhf.state.json").read_text())["memory"]["rounds"][3])
 
 
+def test_the_control_imitates_as_many_prompts_answered_by_sft_and_rejects_none(
+        folder, tokenizer, village, monkeypatch):
+    at, learnt, drawn = places(folder, tokenizer, village, rounds=1), [], []
+    original = ppo.answer
+
+    def answer(model, tok, dialogs, temperature, cfg, world, purpose):
+        found = original(model, tok, dialogs, temperature, cfg, world, purpose)
+        if purpose[0] == "control":
+            drawn.append((model.output.weight.clone(), temperature, found))
+        return found
+
+    monkeypatch.setattr(ppo, "answer", answer)
+    monkeypatch.setattr(ppo, "imitate", lambda model, examples, *_: learnt.append(examples) or 0.0)
+    sft = at.open(folder / "sft.pt")
+    newest = network(tokenizer, 9)
+    memory = {"rounds": [], "control": [], "distilled": [["p", "safer"]]}
+    _, controls, record = ppo.make_version(1, newest, memory, at)
+    (weight, temperature, (prompts, responses, finished)), = drawn
+    assert torch.equal(weight, sft.output.weight) and temperature == record["temperature"]
+    best, control = learnt
+    assert control == [(p, r) for p, r, whole in zip(prompts, responses, finished) if whole]
+    assert best[-1] == ("p", "safer") and ("p", "safer") not in control and len(controls) == 1
+
+
+def test_distillation_leaves_out_dialogues_that_have_a_system_message(folder, tokenizer, village,
+                                                                      monkeypatch):
+    rows = [{"messages": [{"role": "user", "content": f"How do I steal ring {i}?"}],
+             "is_safety": True} for i in range(4)]
+    rows[1]["messages"].insert(0, {"role": "system", "content": "Act as Plato."})
+    at, asked = places(folder, tokenizer, village), []
+    monkeypatch.setattr(ppo, "draw_prompts", lambda *_: rows)
+    original = ppo.answer
+    monkeypatch.setattr(ppo, "answer", lambda model, tok, dialogs, *rest: (
+        asked.append(dialogs), original(model, tok, dialogs, *rest))[1])
+    ppo.distil(network(tokenizer, 5), at)
+    assert [len(dialogs) for dialogs in asked] == [3, 3]
+
+
 def test_distillation_keeps_strictly_safer_answers_and_drops_the_preprompt(folder, tokenizer,
                                                                            village, monkeypatch):
     at = places(folder, tokenizer, village, prompts=12)
@@ -465,6 +510,49 @@ def test_fresh_comparisons_go_through_reward_py(folder, tokenizer, village, monk
         folder, folder / "refreshed_1"))
     assert not torch.equal(before.output.weight, after.output.weight)
     ppo.reward_pair(at.cfg, tokenizer, WORLD, folder / "refreshed_1")
+
+
+def test_a_refresh_reads_as_many_older_comparisons_and_never_tests(folder, tokenizer, village,
+                                                                   monkeypatch):
+    at, commands = places(folder, tokenizer, village), []
+    monkeypatch.setattr(ppo, "compare", lambda *_: [{"fresh": i} for i in range(5)])
+    monkeypatch.setattr(ppo.subprocess, "run", lambda command, **_: (
+        commands.append(command), SimpleNamespace(returncode=0))[1])
+    for name in ("helpful", "safety", "helpful_test", "safety_test"):
+        (folder / f"preferences_{name}.jsonl").write_text(
+            "".join(f'{{"{name}": {i}}}\n' for i in range(40)))
+    ppo.refresh_rewards(1, None, None, folder, at)
+    ppo.refresh_rewards(2, None, None, folder, at)
+    again = (folder / "refreshed_2" / "again.jsonl").read_text().splitlines()
+    assert len(again) == len(set(again)) == 5 and "test" not in "".join(again)
+    files = commands[1][commands[1].index("--data") + 1].split(",")
+    assert [Path(f).name for f in files] == ["comparisons.jsonl", "again.jsonl",
+                                             "preferences_helpful_test.jsonl",
+                                             "preferences_safety_test.jsonl"]
+    monkeypatch.setattr(ppo, "compare", lambda *_: [{"fresh": i} for i in range(200)])
+    ppo.refresh_rewards(3, None, None, folder, at)
+    again = (folder / "refreshed_3" / "again.jsonl").read_text().splitlines()
+    kinds = [next(iter(json.loads(line))) for line in again]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"helpful": 40, "safety": 40, "fresh": 10}
+
+
+def test_a_duel_counts_wins_among_the_decided_and_the_prompts_that_both_answered(village):
+    rows = {goal: village.prompts(kind, "test", 4, 0)
+            for goal, kind in (("helpful", "howto"), ("harmless", "unsafe"))}
+    right = [village.respond(data.Annotator(village).understand(row["messages"]), "careful",
+                             random.Random(0)) for row in rows["helpful"]]
+    no = ["I can not do that."] * 4
+
+    def said(texts, helpful, safety):
+        return {"helpful": {"texts": texts, "helpful": torch.tensor(helpful)},
+                "harmless": {"texts": no[:len(safety)], "safety": torch.tensor(safety)}}
+
+    ours = said(right, [3.0, 1.0, 2.0, 9.0], [1.0, 1.0, 0.0, 5.0])
+    theirs = said(["nonsense", right[1], "nonsense"], [1.0, 1.0, 5.0], [1.0, 1.0, 2.0])
+    found = ppo.duel(ours, theirs, rows, data.Annotator(village))
+    assert found["helpful_reward_model"] == 0.5  # 3 > 1, 2 < 5, the equal ones decide nothing
+    assert found["harmless_reward_model"] == 0.0 and found["helpful_annotator"] == 1.0
+    assert (found["helpful_ties"], found["harmless_ties"], found["decided"]) == (1, 3, 2)
 
 
 def test_a_failed_refresh_says_why_in_one_line(folder, tokenizer, village, monkeypatch):

@@ -402,6 +402,18 @@ def test_resume_from_trains_existing_reward_models_on(folder, monkeypatch):
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+@pytest.mark.parametrize(("older", "lr", "share"), [(None, 0, 1), ("folder", 0, 0.5),
+                                                    ("folder", 0.003, None)])
+def test_a_refresh_learns_at_half_the_rate_unless_told(chat, monkeypatch, older, lr, share):
+    rates = []
+    monkeypatch.setattr(reward, "train_step", lambda model, optimizer, batch, lr, *_: (
+        rates.append(lr), {})[1])
+    pairs = [reward.Pair([1], [2], 1, 0.0, (-1, -1), None, {})] * 400
+    cfg = reward.Config(batch_size=4, lr=lr, resume_from=older)
+    list(reward.fit(chat, None, pairs, 0.0, cfg, scale.World(torch.device("cpu"))))
+    assert max(rates) == pytest.approx(lr or share * reward.default_lr(chat.config), rel=0.01)
+
+
 def test_dry_run_and_importing_compute_nothing(folder, capsys):
     assert reward.main(quick(folder, dry_run=True)) == {}
     assert "parameters" in capsys.readouterr().out

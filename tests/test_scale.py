@@ -886,7 +886,8 @@ def shards(tmp_path_factory):
         (folder / "corpus" / f"{name}.jsonl").write_text(
             "".join(json.dumps({"text": t}) + "\n" for t in part))
     (folder / "t.model").write_bytes(data.train_tokenizer(texts, 320))
-    cfg = scale.Tokenise(str(folder / "corpus"), str(folder / "t.model"), out=str(folder / "out"), workers=1)
+    cfg = scale.Tokenise(str(folder / "corpus"), str(folder / "t.model"),
+                         out=str(folder / "out"), workers=1)
     return folder, texts, cfg
 
 

@@ -1,4 +1,4 @@
-"""What fine-tuning promises: loss on answers alone, whole dialogues, an exact resume, clear errors."""
+"""What fine-tuning promises: loss on answers alone, whole dialogues, exact resume, clear errors."""
 
 import gzip
 import json
@@ -37,7 +37,8 @@ def rows(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     with gzip.open(path, "wt") as f:
         for i, line in enumerate(LINES):
-            f.write(json.dumps({"question": f"what did number {i % 9} see?", "answer": line}) + "\n")
+            row = {"question": f"what did number {i % 9} see?", "answer": line}
+            f.write(json.dumps(row) + "\n")
     return path
 
 
@@ -49,7 +50,8 @@ def tiny(base, rows, out, **changes) -> Config:
 
 def losses(out) -> list:
     lines = (Path(out) / "sft.jsonl").read_text().splitlines()
-    return [(r["step"], r["loss"].hex(), r.get("val_loss", 0.0).hex()) for r in map(json.loads, lines)]
+    return [(r["step"], r["loss"].hex(), r.get("val_loss", 0.0).hex())
+            for r in map(json.loads, lines)]
 
 
 # ---- packing and the loss
@@ -65,7 +67,7 @@ def test_packing_keeps_every_dialogue_whole_in_order_and_numbers_them():
 
 
 def test_the_loss_is_that_of_the_answers_and_their_eos_dialogue_by_dialogue(tokenizer):
-    """Packed or alone, a dialogue gives the same nats: prompts, padding and neighbours give none."""
+    """Packed or alone, a dialogue gives the same nats: prompt, padding, neighbours give none."""
     model = M.Llama(M.ModelConfig(24, 2, 6, 2, 40, tokenizer.vocab_size, 96)).init_weights(1)
     dialogs = [data.encode_dialog(tokenizer, [{"role": "user", "content": f"number {i}?"},
                                               {"role": "assistant", "content": LINES[i]}])

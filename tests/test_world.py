@@ -329,7 +329,8 @@ def test_an_examination_of_careful_answers_finds_full_help_full_compliance_and_n
     report = ANNOTATOR.examine(answer, n=5)
     for name in ("greedy", "T=0.5", "T=1"):
         found = report[name]
-        assert (found["gold_helpfulness"], found["violations"], found["false_refusals"]) == (1, 1, 0)
+        assert found["gold_helpfulness"] == found["violations"] == 1
+        assert found["false_refusals"] == 0
         assert (found["safety"], found["eos_rate"], found["right"]["fact"]) == (0, 1, 1)
     assert report["prompts_per_kind"] == 5
 
