@@ -58,6 +58,7 @@ class Config:
     save_every: int = 400  # steps between resume states
     resume: bool = False  # continue from out/pretrain.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory, 1/3 slower
+    compile: bool = False  # torch.compile the blocks, for a GPU: a minute to start, then faster
     tp: int = 1  # tensor-parallel ranks, under torchrun
     device: str = "auto"  # auto cuda mps cpu
     kernels: Literal["auto", "c", "torch"] = "auto"  # fused C on the CPU where it compiles
@@ -349,7 +350,8 @@ def main(cfg: Config) -> dict:
     config = dataclasses.replace(shape, vocab_size=corpus.tokenizer.vocab_size)
     with torch.device("meta"):  # no memory until `wrap` has decided which part is this rank's
         model = M.Llama(config)
-    model = scale.wrap(model, world, seed=cfg.seed, recompute=cfg.recompute)
+    model = scale.wrap(model, world, seed=cfg.seed, recompute=cfg.recompute,
+                       compile=cfg.compile)
     optimizer = M.adamw(model, 0.0, cfg.weight_decay)
     state = out / "pretrain.state.pt"
     check_same = functools.partial(M.check_resume, cfg=cfg, tokenizer=corpus.tokenizer.model_bytes)

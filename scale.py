@@ -204,7 +204,8 @@ def gather(values: list, world: World) -> list:
 # ----------------------------------------------------------------------------- the same network
 
 
-def wrap(model: M.Llama, world: World, seed: int | None = None, recompute: bool = False) -> M.Llama:
+def wrap(model: M.Llama, world: World, seed: int | None = None, recompute: bool = False,
+         compile: bool = False) -> M.Llama:
     """Put a model on this process's device: whole, or its share of it.
 
     seed: draw all weights (a model built under `torch.device("meta")` costs nothing until then);
@@ -215,6 +216,8 @@ def wrap(model: M.Llama, world: World, seed: int | None = None, recompute: bool 
     model.world = world  # for `world_of`
     for layer in model.layers:
         layer.recompute = recompute
+    if compile:
+        kernels.compile_model(model)
     is_meta = model.tok_embeddings.weight.is_meta
     if is_meta and seed is None:
         raise ValueError("a model on the meta device has no weights: give wrap a seed")

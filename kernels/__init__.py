@@ -61,7 +61,7 @@ from kernels.build import PRODUCTS, fastest_products
 from model import check_prompts, logprobs
 from model import rollout as torch_rollout
 
-LOGITS_AT_ONCE = 1 << 24  # numbers of the (n, V) logits that the PyTorch path keeps at a time
+LOGITS_AT_ONCE = 1 << 26  # numbers of the (n, V) logits that the PyTorch path keeps at a time
 
 _path = {"kind": "torch", "told": set()}  # written by `choose`, read by the functions below
 
@@ -80,6 +80,7 @@ def choose(kind: str = "auto", device: torch.device | str = "cpu",
     products = products or os.environ.get("LLAMA_PRODUCTS") or "auto"
     if products not in ("auto", *PRODUCTS):
         raise ValueError(f"LLAMA_PRODUCTS={products}: choose auto, {' or '.join(PRODUCTS)}")
+    _path.clear()
     _path.update(kind="torch", told=set())
     why = None
     if kind == "torch":
@@ -152,14 +153,53 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, targets: Tensor, mask:
 
 def _logprobs_in_chunks(hidden, weight, targets, temperature) -> Tensor:
     """(N, D), (V, D), (N,) -> (N,); logits of one chunk exist at a time, backward redoes them."""
-    def one(h, w, t):
-        return logprobs(F.linear(h, w), t, temperature)
-
-    rows = max(LOGITS_AT_ONCE // weight.shape[0], 1)
+    rows, one = max(LOGITS_AT_ONCE // weight.shape[0], 1), _path.get("compiled", _logprobs)
     if len(targets) <= rows:
-        return one(hidden, weight, targets)
-    return torch.cat([checkpoint(one, h, weight, t, use_reentrant=False)
+        return one(hidden, weight, targets, temperature)
+    return torch.cat([checkpoint(one, h, weight, t, temperature, use_reentrant=False)
                       for h, t in zip(hidden.split(rows), targets.split(rows))])
+
+
+def _logprobs(hidden, weight, targets, temperature) -> Tensor:
+    return logprobs(F.linear(hidden, weight), targets, temperature)
+
+
+def compile_model(model) -> None:
+    """Send the blocks and the head of the PyTorch path through PyTorch's own compiler (--compile).
+
+    On a GPU a block in PyTorch is some thirty small operations around seven matrix products, and
+    each reads and writes all activations in the GPU's memory; compiled, neighbours become one.
+    Decoding stays as it is: its shapes change with every token. Where the compiler fails, one line
+    says so and that function runs as it is.
+    """
+    for layer in model.layers:
+        layer.body = _compiled_for_training(layer.body)
+    _path["compiled"] = _compiled(_logprobs)
+
+
+def _compiled_for_training(body):
+    fast = _compiled(body)
+    return lambda x, rope, mask, append: (fast if append is None else body)(x, rope, mask, append)
+
+
+def _compiled(function):
+    from torch._dynamo.exc import TorchDynamoException
+
+    fast = [torch.compile(function)]
+
+    def call(*arguments):
+        try:
+            if fast:
+                return fast[0](*arguments)
+        except TorchDynamoException as e:  # no compiler, no Triton: go on without
+            fast.clear()
+            if "compile" not in _path["told"]:
+                _path["told"].add("compile")
+                why = str(e).strip().splitlines()[0]
+                print(f"kernels: --compile is not possible here, going on without: {why}", flush=True)
+        return function(*arguments)
+
+    return call
 
 
 def rollout(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,

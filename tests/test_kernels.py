@@ -16,6 +16,7 @@ computes the same sums in plain C (machine.h). Beyond the suite:
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \\
     pytest tests/test_kernels.py                       # or -fsanitize=thread and libtsan.so
 """
+import functools
 import os
 import subprocess
 import sys
@@ -484,6 +485,45 @@ def test_hidden_states_may_be_a_slice_of_something_larger(cut, products, capsys)
         results.append((logp.detach(), h.grad, w.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------- PyTorch's own compiler
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_the_loss_and_all_gradients_stay(recompute, monkeypatch):
+    """Everything of --compile but the code generator, which takes minutes on some machines."""
+    plain, fast = network(ODD), network(ODD)
+    traced, compile = [], functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda f: traced.append(f) or compile(f))
+    tokens, mask = random_tokens(ODD, 3, 17), torch.ones(3, 17)
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 20 * ODD.vocab_size)  # chunks of two sizes
+    for net in (plain, fast):
+        for layer in net.layers:
+            layer.recompute = recompute
+        if net is plain:
+            kernels.choose("torch")  # forgets what was compiled
+        else:
+            kernels.compile_model(fast)
+        logp = kernels.token_logprobs(kernels.trunk(net, tokens), net.output.weight, tokens, mask)
+        (logp * logp).sum().backward()
+    assert len(traced) == ODD.n_layers + 1
+    for (name, a), b in zip(plain.named_parameters(), fast.parameters()):
+        assert_near(b.grad, a.grad.double(), name, "torch")
+
+
+def test_where_pytorchs_compiler_fails_one_line_says_so(monkeypatch, capsys):
+    def broken(function):
+        def call(*arguments):
+            raise torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError("no Triton"), None)
+        return call
+
+    import torch._dynamo.exc
+    monkeypatch.setattr(torch, "compile", broken)
+    plain, net, tokens = network(ODD), network(ODD), random_tokens(ODD, 2, 9)
+    kernels.compile_model(net)
+    assert torch.equal(net.hidden(tokens), plain.hidden(tokens))
+    assert capsys.readouterr().out.count("--compile is not possible here, going on without") == 1
 
 
 CRASHES = "#!/bin/sh\nkill -SEGV $$\n"
