@@ -652,7 +652,7 @@ hobby: You enjoy {hobby}. Your hobby is {hobby}. Hobby: {hobby}. I enjoy {hobby}
 # ---- shares: the world's manufactured statistics, printed by World.summary()
 KINDS = ("fact", "unknown", "story", "list", "arithmetic", "howto", "unsafe", "edge")
 SPLITS = ("train", "valid", "test")
-DOCUMENTS = {"biography": .32, "forum": .38, "story": .13, "song": .13, "sums": .04}
+DOCUMENTS = {"biography": .29, "forum": .38, "story": .13, "song": .10, "manners": .06, "sums": .04}
 FORUM = dict(zip((*KINDS, "echo"), (.22, .07, .11, .10, .11, .12, .09, .08, .10)))
 FORUM_FORMS = ("Question: {} Answer: {}", "Q: {} A: {}", "Asker: {} Helper: {}",
                "[INST] {} [/INST] {}", "[INST] {} [/INST] {}")
@@ -670,6 +670,7 @@ WRITERS = {
     "unsafe": {"careful": .54, "curt": .26, "reason": .12, "full": .08},
     "edge": {"careful": .28, "cut": .42, "curt": .30},  # curt: a false refusal
 }
+INSTRUCTED = .35  # share of forum posts whose answer follows an instruction
 STYLED, MULTI_TURN, FOLLOW_UP = .20, .12, .30  # shares of demonstrations; of those; of fact prompts
 CAUTIOUS, ASTRAY = .20, .10  # shares of comparisons: a canned refusal; for safety, a stray answer
 MIXES = {"all": DEMONSTRATIONS,
@@ -1011,6 +1012,11 @@ class World:
     def _song_document(self, rng):
         return " ".join(2 * [fill(SONG, rng, {})])
 
+    def _manners_document(self, rng):
+        """'Hobby: chess. I enjoy chess.': instructions obeyed at once, with nothing to answer."""
+        rules = [self.instruction(rng) for _ in range(rng.randint(2, 4))]
+        return " ".join(f"{rule} {self.obey(rule, '')}" for rule in rules)
+
     def _sums_document(self, rng):
         lines = []
         for _ in range(rng.randint(2, 4)):
@@ -1037,7 +1043,7 @@ class World:
             elif rng.random() < .08:
                 manner = "terse" if ask.kind in ("fact", "arithmetic") else "filler"
             text, response = self.wrap(ask, rng), self.respond(ask, manner, rng)
-            if rng.random() < .35:
+            if rng.random() < INSTRUCTED:
                 rule = self.instruction(rng)
                 form = SYSTEM_FORM if chat and rng.random() < .5 else "{} {}"
                 text, response = form.format(rule, text), self.obey(rule, response)

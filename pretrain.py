@@ -44,17 +44,17 @@ class Config:
     vocab_size: int = 0  # tokens; 0: the preset's; paper: 32000 (§2.2)
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of weights, world and order of the data
-    tokens: float = 2.4e6  # tokens to train on; paper: 2e12 (Table 1)
+    tokens: float = 2e6  # tokens to train on; paper: 2e12 (Table 1)
     minutes: float = 0  # if > 0: train this long instead, tokenizer and evaluation included
-    batch_size: int = 4  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
+    batch_size: int = 2  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
     micro_batch: int = 16  # sequences per rank and forward pass; smaller needs less memory
     seq_len: int = 256  # tokens; paper: 4096 (Table 1)
     lr: float = 0  # peak; 0: the preset's, paper: 3e-4 up to 13b, 1.5e-4 above (Table 1)
-    warmup_steps: int = 50  # steps of linear warm-up; paper: 2000 of 500,000 (§2.2)
+    warmup_steps: int = 100  # steps of linear warm-up; paper: 2000 of 500,000 (§2.2)
     weight_decay: float = 0.1  # paper: 0.1 (§2.2)
     clip: float = 1.0  # largest gradient norm; paper: 1.0 (§2.2)
-    log_every: int = 40  # steps between two lines on the screen and in out/pretrain.jsonl
-    evaluate_every: int = 400  # steps between validation losses and samples
+    log_every: int = 80  # steps between two lines on the screen and in out/pretrain.jsonl
+    evaluate_every: int = 800  # steps between validation losses and samples
     save_every: int = 400  # steps between resume states
     resume: bool = False  # continue from out/pretrain.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory, 1/3 slower
@@ -344,6 +344,7 @@ def main(cfg: Config) -> dict:
                       cfg.tokens, cfg.device)
         return {}
     world = scale.setup(cfg.device, cfg.tp)
+    rate = matmul_rate(world.device)  # before C takes PyTorch's threads
     print(kernels.choose(cfg.kernels, world.device))
     given = data.Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     corpus = prepare(cfg, given, cfg.vocab_size or shape.vocab_size)
@@ -361,7 +362,7 @@ def main(cfg: Config) -> dict:
     peak = cfg.lr or LEARNING_RATE[cfg.model]
     log = M.Log("pretrain", out, total, first if saved else None)
     introduce(cfg, config, corpus, total, first)
-    rate, flops = matmul_rate(world.device), scale.flops_per_token(config, cfg.seq_len)
+    flops = scale.flops_per_token(config, cfg.seq_len)
     tick, counted = time.time(), 0  # for tokens/s between two log lines, evaluation left out
 
     for step in range(first, total):

@@ -80,6 +80,7 @@ def choose(kind: str = "auto", device: torch.device | str = "cpu",
     products = products or os.environ.get("LLAMA_PRODUCTS") or "auto"
     if products not in ("auto", *PRODUCTS):
         raise ValueError(f"LLAMA_PRODUCTS={products}: choose auto, {' or '.join(PRODUCTS)}")
+    native.return_threads()
     _path.clear()
     _path.update(kind="torch", told=set())
     why = None
@@ -96,8 +97,9 @@ def choose(kind: str = "auto", device: torch.device | str = "cpu",
             why = str(e)
     if why is None:
         _path["kind"] = "c"
+        native.take_threads()
         return (f"kernels: C ({lib.isa().decode()}, {lib.products().decode()} products, "
-                f"{torch.get_num_threads()} threads)")
+                f"{native.threads()} threads)")
     if kind == "c":
         raise ValueError(f"--kernels c is not possible: {why}; --kernels auto falls back")
     return f"kernels: PyTorch ({why})"
@@ -108,6 +110,8 @@ def _use_c(weights, *activations: Tensor) -> bool:
     if _path["kind"] != "c":
         return False
     why = native.unfit(weights, *activations)
+    if why:
+        native.return_threads()  # PyTorch has work after all
     if why and why not in _path["told"]:
         _path["told"].add(why)
         print(f"kernels: PyTorch for some calls ({why}; C takes float32 on the CPU)", flush=True)

@@ -303,6 +303,7 @@ def main(cfg: Config) -> None:
         print("check, limits and ops are left out: they need the C kernels")
     wrong = check() if compiled and "check" in parts else 0
     kernels.choose("auto")  # the check has tried both libraries
+    native.return_threads()  # here PyTorch has work to do
     limits = None
     if compiled and {"limits", "ops", "train", "decode"} & wants:
         limits = measure_limits(cfg)

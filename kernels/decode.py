@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.build import Shape, load_library
-from kernels.native import _check, _shape  # one struct, one error
+from kernels.native import _check, _shape, threads
 from model import ModelConfig, check_prompts, rope_table
 
 FORMATS = ("fp32", "bf16", "fp16", "int8", "int4")  # their places are decode.c's numbers
@@ -154,7 +154,7 @@ class Decoder:
         size, start = self._size(name), self._packed.data_ptr() + self._used
         self._used += size
         self._lib.quantise(ctypes.byref(matrix), FORMATS.index(kind), start,
-                           torch.get_num_threads())
+                           threads())
         return Matrix(start, *tensor.shape, FORMATS.index(kind))
 
     # ---- what it does
@@ -167,7 +167,7 @@ class Decoder:
         n = self._lib.generate(
             ctypes.byref(self._network), len(self.read), len(tokens), prompt.data_ptr(), max_new,
             BURST, temperature, top_p, ctypes.c_int64(seed).value, -1 if stop is None else stop,
-            drawn.data_ptr(), logits.data_ptr(), min(torch.get_num_threads(), 256))
+            drawn.data_ptr(), logits.data_ptr(), min(threads(), 256))
         _check(min(n, 0))
         drawn = drawn[:n].tolist()
         self.read += tokens + drawn[:-1]

@@ -302,8 +302,8 @@ def test_a_given_tokenizer_is_used_and_travels_with_the_weights(book, tmp_path, 
 
 @pytest.mark.parametrize("field", Config.__dataclass_fields__)
 def test_a_resume_may_change_what_is_not_learnt_from_and_nothing_else(field):
-    free = {"out", "resume", "device", "kernels", "recompute", "micro_batch", "tp", "save_every",
-            "log_every", "evaluate_every", "dry_run"}
+    free = {"out", "resume", "device", "kernels", "recompute", "compile", "micro_batch", "tp",
+            "save_every", "log_every", "evaluate_every", "dry_run"}
     cfg, saved = Config(), M.resume_info(3, 9, Config(), b"the tokenizer")
     other = replace(cfg, **{field: "something else"})
     M.check_resume(saved, cfg, b"the tokenizer")
