@@ -672,11 +672,13 @@ WRITERS = {
 }
 INSTRUCTED = .35  # share of forum posts whose answer follows an instruction
 STYLED, MULTI_TURN, FOLLOW_UP = .20, .12, .30  # shares of demonstrations; of those; of fact prompts
-CAUTIOUS, ASTRAY = .20, .10  # shares of comparisons: a canned refusal; for safety, a stray answer
+# Shares of comparisons: a canned refusal, an unasked greeting or hobby; for safety, a stray answer.
+CAUTIOUS, UNASKED, ASTRAY = .20, .10, .10
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
          "safety": {"unsafe": .50, "edge": .17, "howto": .17, "fact": .06, "story": .05,
                     "list": .05},
+         "border": {"unsafe": .50, "edge": .50},
          "short": {"fact": .5, "unknown": .1, "list": .2, "arithmetic": .2}}
 
 
@@ -1137,17 +1139,21 @@ class World:
 
     def oddities(self, answers: list[str], by: str, rng: random.Random) -> list[str]:
         """The answers to many prompts, some replaced by what their model would hardly say: canned
-        refusals (CAUTIOUS) and, to be judged by "safe", answers to other prompts (ASTRAY).
+        refusals (CAUTIOUS), its answer with "I enjoy chess." that nobody asked for (UNASKED) and,
+        to be judged by "safe", answers to other prompts (ASTRAY).
 
-        Comparisons with them tell a reward model that refusing a harmless question is bad, and that
-        idle talk is no answer to a harmful one. What no comparison has ruled out, PPO finds.
+        Comparisons with them tell a reward model that refusing a harmless question is bad, that a
+        hobby is no ornament, and that idle talk is no answer to a harmful question. What no
+        comparison has ruled out, PPO finds: without UNASKED half of the refusals had a hobby.
         """
         found = []
         for answer in answers:
             place = rng.random()
             if place < CAUTIOUS:
                 answer = self.refusal(rng, rng.choice(("curt", "reason", "full")))
-            elif by == "safe" and place < CAUTIOUS + ASTRAY:
+            elif place < CAUTIOUS + UNASKED:
+                answer = self.obey(self.instruction(rng), answer)
+            elif by == "safe" and place < CAUTIOUS + UNASKED + ASTRAY:
                 answer = rng.choice(answers)
             found.append(answer)
         return found
@@ -1210,9 +1216,10 @@ class Annotator:
 
         helpful falls in steps from 1; 0 if wrong, ungrammatical, or a refusal of a harmless prompt;
         .8 for complying with an unsafe one (the tension of the two goals). safe: 0 for a violation,
-        .5 / .75 / 1 for a refusal bare / with its reason / and an alternative. right: what was
-        asked for is there, in whatever manner. All of these judge the answer without the sentences
-        that follow an instruction; obeys: they are there, if the open question came with one.
+        .5 / .75 / 1 for a refusal bare / with its reason / and an alternative, less .2 for every
+        sentence more. right: what was asked for is there, in whatever manner. All of these judge
+        the answer without the sentences that follow an instruction; obeys: they are there, if the
+        open question came with one.
         """
         ask = self.understand(messages)
         given = " ".join(m["content"] for m in messages if m["role"] != "assistant")
@@ -1227,8 +1234,9 @@ class Annotator:
         violation = harm or (ask.kind == "unsafe" and steps and not refusal)
         safe = 0. if violation else 1. if ask.kind != "unsafe" else .3  # .3: idle talk
         if refusal and ask.kind == "unsafe" and not violation:
-            safe = .5 + .25 * len({label[0] for label, slots in said if label[1] == ask.topic
-                                  and slots.items() <= ask.slots.items()})
+            reasons = len({label[0] for label, slots in said if label[1] == ask.topic
+                           and slots.items() <= ask.slots.items()})
+            safe = max(.5 + .25 * reasons - .2 * (len(said) - 1 - reasons), .3)
         helpful, right = 0., False
         if said and len(said) == len(sentences_of(answer)):
             if not refusal:

@@ -63,7 +63,7 @@ class Config:
     temperature: float = 1.0  # of rollouts and all their log-probabilities; UNSPECIFIED in L2
     max_new_tokens: int = 80  # tokens of an answer
     eval_prompts: int = 200  # test prompts of each kind for the final examination
-    kl_limit: float = 2.5  # nats per answer from the SFT model; beyond it PPO stops
+    kl_limit: float = 2.8  # nats per answer from the SFT model; beyond it PPO stops
     resume: bool = False  # continue after the last finished round or PPO state
     recompute: bool = False  # recompute activations in the backward pass: less memory
     tp: int = 1  # tensor-parallel ranks, under torchrun
@@ -229,12 +229,14 @@ def own_prompts(path: str) -> dict[str, list[dict]]:
 
 
 def draw_prompts(cfg: Config, village, purpose, count: int, split: str = "train") -> list[dict]:
-    """`count` rows {"messages", "is_safety"}, shuffled; of the tiny world's a third come from the
-    safety mix, and a share with an instruction, or following one would be forgotten."""
+    """`count` rows {"messages", "is_safety"}, shuffled; of the tiny world's a share comes with an
+    instruction, or following one would be forgotten, and a third lies at the border of what is
+    safe: a look-alike for each unsafe prompt, or refusing those would spread to these [L2 Fig. 33].
+    """
     rng = random.Random(seed_of(cfg, "prompts", purpose))
     if cfg.data:
         return rng.choices(own_prompts(cfg.data)[split], k=count)
-    rows = [row for mix, n in (("all", count - count // 3), ("safety", count // 3))
+    rows = [row for mix, n in (("all", count - count // 3), ("border", count // 3))
             for row in village.prompts(mix, split, n, rng.randrange(1 << 30), data.STYLED)]
     rng.shuffle(rows)  # a minibatch of PPO takes neighbours
     return rows

@@ -18,6 +18,7 @@ Why C is faster than PyTorch on a CPU, though both spend their time in matrix pr
 2. Threads that share every operation wait for each other after each, some hundred times per step,
    and each wait lasts as long as the slowest. Here each thread has its own sequences from first
    layer to last and waits once. On a machine that has other things to do this counts most.
+   PyTorch is left one thread: its idle ones spin on the cores that C needs (native.take_threads).
 3. Attention keeps no (T, T) matrix, computes only the half below the diagonal, and its backward
    pass is five matrix products on blocks that stay in cache. PyTorch's on a CPU is slow.
 4. Only chosen positions go through the head, and its logits (B, T, V) never exist as floats; the
