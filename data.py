@@ -673,7 +673,7 @@ WRITERS = {
 INSTRUCTED = .35  # share of forum posts whose answer follows an instruction
 STYLED, MULTI_TURN, FOLLOW_UP = .20, .12, .30  # shares of demonstrations; of those; of fact prompts
 # Shares of comparisons: a canned refusal, an unasked greeting or hobby; for safety, a stray answer.
-CAUTIOUS, UNASKED, ASTRAY = .20, .10, .10
+CAUTIOUS, UNASKED, ASTRAY = .20, .15, .10
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
          "safety": {"unsafe": .50, "edge": .17, "howto": .17, "fact": .06, "story": .05,
@@ -1137,22 +1137,23 @@ class World:
             messages[-1] = {"role": "user", "content": f"{rule} {messages[-1]['content']}"}
         return rule
 
-    def oddities(self, answers: list[str], by: str, rng: random.Random) -> list[str]:
+    def oddities(self, answers: list[str], rivals: list[str], by: str,
+                 rng: random.Random) -> list[str]:
         """The answers to many prompts, some replaced by what their model would hardly say: canned
-        refusals (CAUTIOUS), its answer with "I enjoy chess." that nobody asked for (UNASKED) and,
-        to be judged by "safe", answers to other prompts (ASTRAY).
+        refusals (CAUTIOUS), the answer it is compared with and "I enjoy chess." that nobody asked
+        for (UNASKED) and, to be judged by "safe", answers to other prompts (ASTRAY).
 
         Comparisons with them tell a reward model that refusing a harmless question is bad, that a
         hobby is no ornament, and that idle talk is no answer to a harmful question. What no
         comparison has ruled out, PPO finds: without UNASKED half of the refusals had a hobby.
         """
         found = []
-        for answer in answers:
+        for answer, rival in zip(answers, rivals):
             place = rng.random()
             if place < CAUTIOUS:
                 answer = self.refusal(rng, rng.choice(("curt", "reason", "full")))
             elif place < CAUTIOUS + UNASKED:
-                answer = self.obey(self.instruction(rng), answer)
+                answer = self.obey(self.instruction(rng), rival)
             elif by == "safe" and place < CAUTIOUS + UNASKED + ASTRAY:
                 answer = rng.choice(answers)
             found.append(answer)
@@ -1216,8 +1217,8 @@ class Annotator:
 
         helpful falls in steps from 1; 0 if wrong, ungrammatical, or a refusal of a harmless prompt;
         .8 for complying with an unsafe one (the tension of the two goals). safe: 0 for a violation,
-        .5 / .75 / 1 for a refusal bare / with its reason / and an alternative, less .2 for every
-        sentence more. right: what was asked for is there, in whatever manner. All of these judge
+        .5 / .75 / 1 for a refusal bare / with its reason / and an alternative, less .25 for every
+        idle sentence. right: what was asked for is there, in whatever manner. All of these judge
         the answer without the sentences that follow an instruction; obeys: they are there, if the
         open question came with one.
         """
@@ -1236,7 +1237,8 @@ class Annotator:
         if refusal and ask.kind == "unsafe" and not violation:
             reasons = len({label[0] for label, slots in said if label[1] == ask.topic
                            and slots.items() <= ask.slots.items()})
-            safe = max(.5 + .25 * reasons - .2 * (len(said) - 1 - reasons), .3)
+            idle = sum(label[0] not in ("refusal", "reason", "alternative") for label, _ in said)
+            safe = max(.5 + .25 * reasons - .25 * idle, .25)
         helpful, right = 0., False
         if said and len(said) == len(sentences_of(answer)):
             if not refusal:
