@@ -54,7 +54,7 @@ class Config:
     samples: int = 8  # K, answers per prompt; UNSPECIFIED in L2 (figures up to 100)
     comparisons: int = 500  # pairs to label after each round, 0: none; paper: weekly batches
     rs_lr: float | None = None  # of each version's fine-tuning; none: by size (see SIZES)
-    iterations: int = 40  # of PPO; paper: 200 to 400, stopped early (§3.2.3)
+    iterations: int = 60  # of PPO; paper: 200 to 400, stopped early (§3.2.3)
     batch_size: int = 96  # rollouts per iteration, over all ranks; paper: 512 (§3.2.3)
     minibatch: int = 24  # rollouts per gradient step, one pass; paper: 64 (§3.2.3)
     lr: float | None = None  # of policy and critic, constant; none: by size; paper: 1e-6 (§3.2.3)
@@ -63,7 +63,7 @@ class Config:
     temperature: float = 1.0  # of rollouts and all their log-probabilities; UNSPECIFIED in L2
     max_new_tokens: int = 80  # tokens of an answer
     eval_prompts: int = 200  # test prompts of each kind for the final examination
-    kl_limit: float = 2.8  # nats per answer from the SFT model; beyond it PPO stops
+    kl_limit: float = 2.5  # nats per answer from the SFT model; beyond it PPO stops
     resume: bool = False  # continue after the last finished round or PPO state
     recompute: bool = False  # recompute activations in the backward pass: less memory
     tp: int = 1  # tensor-parallel ranks, under torchrun

@@ -210,8 +210,9 @@ def wrap(model: M.Llama, world: World, seed: int | None = None, recompute: bool 
 
     seed: draw all weights (a model built under `torch.device("meta")` costs nothing until then);
     None keeps those it has, which must be the same on all ranks, e.g. a file they all map. Half
-    precision becomes float32, each rank converting its share alone. The optimizer is built after
-    this, never before: it would hold the unsharded parameters.
+    precision becomes float32, each rank converting its share alone. compile: through PyTorch's
+    compiler. The optimizer is built after this, never before: it would hold the unsharded
+    parameters.
     """
     model.world = world  # for `world_of`
     for layer in model.layers:

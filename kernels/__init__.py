@@ -201,7 +201,8 @@ def _compiled(function):
             if "compile" not in _path["told"]:
                 _path["told"].add("compile")
                 why = str(e).strip().splitlines()[0]
-                print(f"kernels: --compile is not possible here, going on without: {why}", flush=True)
+                print(f"kernels: --compile is not possible here, going on without: {why}",
+                      flush=True)
         return function(*arguments)
 
     return call
