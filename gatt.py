@@ -13,7 +13,8 @@ out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl, out/figures/gatt.pn
 run : python gatt.py                                      3 to 4 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
-Expect instructions that were gone on turn 2 to be followed on turn 9 about as often as on turn 1.
+Expect instructions that were gone on turn 2 to be followed by half to nearly all answers as far as
+turn 10.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
