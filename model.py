@@ -49,8 +49,9 @@ class ModelConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self)[:7]:  # the sizes
             size = getattr(self, field.name)
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{field.name} must be a whole number of at least 1, not {size!r}")
+            if type(size) is not int or not 1 <= size < 2**31:
+                raise ValueError(f"{field.name} must be a whole number of at least 1 and below "
+                                 f"2**31, not {size!r}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:

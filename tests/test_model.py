@@ -66,8 +66,8 @@ def test_config_refuses_heads_that_do_not_divide(changes, words):
 
 @pytest.mark.parametrize("field", ["dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim",
                                    "vocab_size", "max_seq_len"])
-@pytest.mark.parametrize("value", [0, -6])
-def test_config_refuses_sizes_below_one_by_name(field, value):
+@pytest.mark.parametrize("value", [0, -6, 10**20])
+def test_config_refuses_sizes_that_cannot_be_by_name(field, value):
     with pytest.raises(ValueError, match=rf"{field}.*{value}"):
         replace(SIZES, **{field: value})
 
