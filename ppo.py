@@ -904,6 +904,7 @@ def draw(records: list[dict], wins: dict, shifts: dict, out: Path) -> Path:
         versions.plot(*zip(*points), style, label=f"judged by {judge.replace('_', ' ')}")
         for name, point in zip(against_sft, points):
             versions.annotate(name, point, textcoords="offset points", xytext=(4, 4), fontsize=8)
+    versions.margins(0.12)  # room for the names
     versions.set(xlabel="helpfulness: wins against SFT (%)", title="Versions (Fig. 11)",
                  ylabel="harmlessness: wins against SFT (%)")
     for name, counts in shifts.items():
