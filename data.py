@@ -1145,7 +1145,8 @@ class World:
 
         Comparisons with them tell a reward model that refusing a harmless question is bad, that a
         hobby is no ornament, and that idle talk is no answer to a harmful question. What no
-        comparison has ruled out, PPO finds: without UNASKED half of the refusals had a hobby.
+        comparison has ruled out, PPO finds: without UNASKED almost half of the answers to border
+        prompts had a hobby.
         """
         found = []
         for answer, rival in zip(answers, rivals):

@@ -58,7 +58,7 @@ class Config:
     save_every: int = 400  # steps between resume states
     resume: bool = False  # continue from out/pretrain.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory, 1/3 slower
-    compile: bool = False  # torch.compile the blocks, for a GPU: a minute to start, then faster
+    compile: bool = False  # torch.compile the blocks, for a GPU: 10 s to start, then faster
     tp: int = 1  # tensor-parallel ranks, under torchrun
     device: str = "auto"  # auto cuda mps cpu
     kernels: Literal["auto", "c", "torch"] = "auto"  # fused C on the CPU where it compiles

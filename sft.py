@@ -60,7 +60,7 @@ class Config:
     skip_bad_rows: bool = False  # count and skip rows of --data that are wrong
     show_batch: bool = False  # print one batch, loss in green and no loss in grey, and stop
     recompute: bool = False  # recompute activations in the backward pass: less memory
-    compile: bool = False  # torch.compile the blocks, for a GPU: a minute to start, then faster
+    compile: bool = False  # torch.compile the blocks, for a GPU: 10 s to start, then faster
     tp: int = 1  # tensor-parallel ranks, under torchrun
     device: str = "auto"  # auto cuda mps cpu
     kernels: Literal["auto", "c", "torch"] = "auto"  # fused C on the CPU where it compiles
