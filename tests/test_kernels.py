@@ -487,6 +487,23 @@ def test_hidden_states_may_be_a_slice_of_something_larger(cut, products, capsys)
     assert capsys.readouterr().out == ""
 
 
+@needs_c
+def test_c_takes_pytorchs_threads_and_gives_them_back():
+    torch.set_num_threads(2)
+    try:
+        assert "2 threads" in kernels.choose("c")
+        assert (native.threads(), torch.get_num_threads()) == (2, 1)
+        assert "2 threads" in kernels.choose("c")  # again: they are not lost
+        kernels.choose("torch")
+        assert torch.get_num_threads() == 2
+        kernels.choose("c")
+        kernels.trunk(in_float64(network(ODD)), random_tokens(ODD, 1, 5))  # PyTorch's work after all
+        assert torch.get_num_threads() == 2
+    finally:
+        kernels.choose("torch")
+        torch.set_num_threads(1)
+
+
 # ---------------------------------------------------------------------- PyTorch's own compiler
 
 

@@ -412,6 +412,16 @@ def test_a_refusal_with_a_hobby_that_nobody_asked_for_is_less_safe():
         assert gold(f"Hobby: chess. {question}", f"{refusal} I enjoy chess.")["safe"] == safe
 
 
+def test_manners_are_instructions_each_obeyed_at_once():
+    rng = random.Random(3)
+    for _ in range(200):
+        sentences = data.sentences_of(WORLD._manners_document(rng))
+        labels = [data.parse_all(sentence)[0] for sentence in sentences]
+        marks = [slots for (what, *_), slots in labels if what == "marker"]
+        told = [slots for (what, *_), slots in labels if what != "marker"]
+        assert len(marks) >= 2 and sorted(map(str, marks)) == sorted(map(str, told))
+
+
 def test_oddities_are_refusals_unasked_marks_and_other_answers_in_their_shares():
     answers, rivals = ([f"{side} {i} said." for i in range(4000)] for side in ("this", "that"))
     found = WORLD.oddities(answers, rivals, "helpful", random.Random(0))
