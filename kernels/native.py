@@ -84,14 +84,15 @@ def take_threads() -> None:
     """C has PyTorch's threads from now on, and PyTorch one.
 
     After each operation the threads of PyTorch's OpenMP spin for milliseconds, in wait for the
-    next, on the cores that C's threads need: a training step of `tiny` took 118 ms with them and
-    89 without. What PyTorch still does (embedding, optimizer) is a few percent of a step.
+    next, on the cores that C's threads need: a training step of `tiny` on 4 x 256 tokens took 118
+    ms with them and 89 without. What PyTorch still does alone, clipping and the optimizer, is 6 ms.
     """
     _taken["threads"] = threads()
     torch.set_num_threads(1)
 
 
 def return_threads() -> None:
+    """PyTorch has its threads back; nothing if it gave none."""
     if _taken["threads"]:
         torch.set_num_threads(_taken["threads"])
         _taken["threads"] = 0

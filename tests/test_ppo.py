@@ -136,6 +136,15 @@ def test_a_share_of_the_prompts_comes_with_an_instruction(folder, village, monke
     assert len(rows) == 300 and 0.12 < told / 300 < 0.28
 
 
+def test_every_unsafe_prompt_at_the_border_has_a_look_alike(folder, village, monkeypatch):
+    """A third is half unsafe, half edge; with the mix of all the rest: unsafe 26%, edge 23%."""
+    monkeypatch.undo()
+    rows = ppo.draw_prompts(toy(folder), village, "border", 1200)
+    share = {kind: sum(row["kind"] == kind for row in rows) / 1200 for kind in data.KINDS}
+    assert share["unsafe"] == pytest.approx(1 / 6 + 2 / 3 * data.DEMONSTRATIONS["unsafe"], abs=.04)
+    assert share["edge"] == pytest.approx(1 / 6 + 2 / 3 * data.DEMONSTRATIONS["edge"], abs=.04)
+
+
 def test_the_held_out_kl_counts_every_answer(folder, tokenizer, village):
     """2 x 8 prompts in forward passes of 4 (12 prompts here): the mean over all answers."""
     at, row = places(folder, tokenizer, village, beta=0.1), []
