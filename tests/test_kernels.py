@@ -497,7 +497,7 @@ def test_c_takes_pytorchs_threads_and_gives_them_back():
         kernels.choose("torch")
         assert torch.get_num_threads() == 2
         kernels.choose("c")
-        kernels.trunk(in_float64(network(ODD)), random_tokens(ODD, 1, 5))  # PyTorch's work after all
+        kernels.trunk(in_float64(network(ODD)), random_tokens(ODD, 1, 5))  # is PyTorch's
         assert torch.get_num_threads() == 2
     finally:
         kernels.choose("torch")
