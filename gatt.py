@@ -13,8 +13,7 @@ out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl, out/figures/gatt.pn
 run : python gatt.py                                      about 3 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
-Expect instructions that were gone on turn 2 to be followed by half to nearly all answers as far as
-turn 10.
+Expect instructions that were gone on turn 2 to be followed by most answers as far as turn 10.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
@@ -23,7 +22,8 @@ Differs from the paper:
 - The model's own answers to ordinary prompts are learnt beside them, so that nothing else is lost.
 - In the tiny world attention's matrices alone are trained. There are 33 values to obey, and a whole
   network learns them by heart: on one seed 19% then obeyed a value never trained on at turn 10.
-- Earlier answers in the tiny world's dialogues are sampled to each question alone.
+- Earlier answers in the tiny world's dialogues are sampled to each question alone, half of the
+  dialogues with a share of answers that obey.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def keep_first(instruction: str, messages: list[dict]) -> list[dict]:
 def last_answer_only(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """(tokens, loss_mask): loss on the last answer and its EOS, 0 on all else, answers included.
 
-    The earlier answers were not given under the instruction; learning them would teach to ignore
+    Most earlier answers were not given under the instruction; learning them would teach to ignore
     it: "we simply set the loss to 0 for all the tokens from the previous turns" [L2 §3.3].
     """
     tokens, _ = data.encode_dialog(tokenizer, messages)
@@ -219,7 +219,9 @@ def answers_to(model, tokenizer, cfg: Config, dialogs: list, temperature=1.0, se
 def sample_examples(model, tokenizer, material: dict, cfg: Config) -> list[dict]:
     """The training rows {"kind": "ghost" | "replay", "messages"}; every answer is the model's own.
 
-    1) Questions inside a dialogue that have no answer yet get one, asked alone.
+    1) Questions inside a dialogue that have no answer yet get one, asked alone; in half of the
+       dialogues a share of them, drawn from 0 to 1, with the instruction. A dialogue in which the
+       model obeys has answers that obey: without any in training, it forgot on turns 3 to 6.
     2) The last one is answered with the instruction on every turn; what disobeys is tried again.
     3) What obeys is kept, under the instruction on the first turn.
     4) Ordinary prompts get ordinary answers.
@@ -227,9 +229,17 @@ def sample_examples(model, tokenizer, material: dict, cfg: Config) -> list[dict]
     answer = functools.partial(answers_to, model, tokenizer, cfg, temperature=TEMPERATURE)
     said = lambda text: {"role": "assistant", "content": text}
     dialogs, rows, prompts = (material[k] for k in ("dialogs", "instructions", "prompts"))
-    gaps = [(d, i) for d in dialogs for i, message in enumerate(d) if message["content"] is None]
-    texts = answer([[d[i - 1]] for d, i in gaps], seed=cfg.seed)[0] if gaps else []
-    for (dialog, i), text in zip(gaps, texts):
+    gaps, rng = [], random.Random(cfg.seed)  # (dialogue, place of the answer, prompt)
+    for row, dialog in zip(rows, dialogs):
+        share = max(0.0, rng.uniform(-1, 1))
+        for i, message in enumerate(dialog):
+            if message["content"] is None:
+                prompt = dialog[i - 1:i]
+                if rng.random() < share:
+                    prompt = repeat_instruction(row["instruction"], prompt)
+                gaps.append((dialog, i, prompt))
+    texts = answer([prompt for *_, prompt in gaps], seed=cfg.seed)[0] if gaps else []
+    for (dialog, i, _), text in zip(gaps, texts):
         dialog[i] = said(text)
 
     asked = [repeat_instruction(row["instruction"], dialog) for row, dialog in zip(rows, dialogs)]

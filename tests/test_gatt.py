@@ -180,11 +180,19 @@ def test_replay_is_an_ordinary_prompt_with_an_ordinary_answer(monkeypatch, token
                                         {"role": "assistant", "content": "Yes."}]
 
 
-def test_earlier_questions_are_answered_alone_and_without_instruction(monkeypatch, tokenizer):
-    dialog = [m if m["role"] == "user" else {**m, "content": None} for m in TALK]
-    examples, read = sampled(monkeypatch, tokenizer, obedient, dialogs=[dialog, list(TALK[:1])])
-    assert read[:2] == [TALK[0:1], TALK[2:3]]
-    assert contents(examples[0]["messages"], "assistant") == ["Yes.", "Yes.", "I am Plato. Yes."]
+def test_earlier_questions_are_asked_alone_and_in_half_of_the_dialogues_some_with_it(
+        monkeypatch, tokenizer):
+    """No share in half of 400 dialogues, one from 0 to 1 in the others: of 7 earlier answers, 1/4
+    obey, and none does in 1/2 + 1/2 * 1/8 of the dialogues. Each was sampled on its own."""
+    question, gap = {"role": "user", "content": "And?"}, {"role": "assistant", "content": None}
+    dialogs = [[question, gap] * 7 + [question] for _ in range(400)]
+    examples, read = sampled(monkeypatch, tokenizer, obedient, Config(tries=1), dialogs=dialogs,
+                             instructions=[RULE] * 400)
+    assert all(len(prompt) == 1 for prompt in read[:2800])
+    earlier = [contents(row["messages"], "assistant")[:-1] for row in examples[:400]]
+    obey = [sum(text == "I am Plato. Yes." for text in texts) for texts in earlier]
+    assert {text for texts in earlier for text in texts} == {"I am Plato. Yes.", "Yes."}
+    assert abs(sum(obey) / 2800 - 1 / 4) < 0.05 and abs(obey.count(0) / 400 - 9 / 16) < 0.08
 
 
 def test_an_answer_that_disobeys_is_tried_again_and_then_dropped(monkeypatch, tokenizer):
