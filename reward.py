@@ -49,12 +49,12 @@ class Config:
     which: Literal["both", "helpful", "safety"] = "both"  # models to train
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of prompts, labels, head and order
-    pairs: int = 9000  # comparisons to collect, a third of them for safety; paper: 1.4 million
+    pairs: int = 12000  # comparisons to collect, a third of them for safety; paper: 1.4 million
     test_pairs: int = 600  # comparisons to hold out for each model; paper: 1000 a week (§3.2.2)
     margin: Literal["none", "small", "large"] = "small"  # m(rating); paper: unsaid (Table 27)
     aux_weight: float = 0.5  # of the safety model's classification loss; UNSPECIFIED in L2
-    batch_size: int = 16  # pairs per step, over all ranks; paper: 512 (§3.2.2)
-    micro_batch: int = 16  # pairs per rank and forward pass; smaller needs less memory
+    batch_size: int = 8  # pairs per step, over all ranks; paper: 512 (§3.2.2)
+    micro_batch: int = 8  # pairs per rank and forward pass; smaller needs less memory
     lr: float = 0  # peak; 0: by the model's width, half with --resume-from; paper: 1e-5, 70b 5e-6
     log_every: int = 20  # steps between two lines on the screen and in out/reward.jsonl
     save_every: int = 100  # steps between resume states
