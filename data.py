@@ -652,7 +652,7 @@ hobby: You enjoy {hobby}. Your hobby is {hobby}. Hobby: {hobby}. I enjoy {hobby}
 # ---- shares: the world's manufactured statistics, printed by World.summary()
 KINDS = ("fact", "unknown", "story", "list", "arithmetic", "howto", "unsafe", "edge")
 SPLITS = ("train", "valid", "test")
-DOCUMENTS = {"biography": .29, "forum": .38, "story": .13, "song": .10, "manners": .06, "sums": .04}
+DOCUMENTS = {"biography": .22, "forum": .38, "story": .12, "song": .08, "manners": .13, "sums": .07}
 FORUM = dict(zip((*KINDS, "echo"), (.22, .07, .11, .10, .11, .12, .09, .08, .10)))
 FORUM_FORMS = ("Question: {} Answer: {}", "Q: {} A: {}", "Asker: {} Helper: {}",
                "[INST] {} [/INST] {}", "[INST] {} [/INST] {}")

@@ -66,7 +66,7 @@ class Config:
 
 
 # Peak learning rate by preset; the paper's from 7b on [L2 Table 1], below it ours.
-LEARNING_RATE = {"tiny": 4e-3, "15m": 1e-3, "110m": 6e-4, "1b": 4e-4,
+LEARNING_RATE = {"tiny": 2.5e-3, "15m": 1e-3, "110m": 6e-4, "1b": 4e-4,
                  "7b": 3e-4, "13b": 3e-4, "34b": 1.5e-4, "70b": 1.5e-4}
 
 # From 7b on these take the place of the defaults above [L2 §2.2, Table 1].

@@ -246,7 +246,8 @@ def test_the_stage_learns_and_leaves_checkpoint_log_figure_and_summary(book, tmp
     assert abs(rows[0]["loss"] - math.log(300)) < 0.2 and rows[-1]["loss"] < 4.0
     assert [r["step"] for r in rows] == list(range(1, 61))
     warmup = Config().warmup_steps
-    assert [r["lr"] for r in rows] == [learning_rate(step, 60, 4e-3, warmup) for step in range(60)]
+    peak = pretrain.LEARNING_RATE["tiny"]
+    assert [r["lr"] for r in rows] == [learning_rate(step, 60, peak, warmup) for step in range(60)]
     model, info = M.load(tmp_path / "pretrain.pt", "cpu")
     assert info["stage"] == "pretrain" and info["metrics"]["val_loss"] == final["val_loss"]
     assert model.config.vocab_size == data.Tokenizer(info["tokenizer"]).vocab_size == 300
