@@ -16,7 +16,7 @@ run : python reward.py                                  about 2 minutes on two A
       python reward.py --data mine.jsonl,mine_test.jsonl      rows as in data.read_preferences
       python reward.py --sweep --ablate                 more pairs, more layers, other losses
 
-Expect 78% (helpfulness) and 69% (safety) of the pairs in the right order, 87% and 77% being the
+Expect 75% (helpfulness) and 69% (safety) of the pairs in the right order, 84% and 73% being the
 most that the labels' noise allows.
 
 Keys: [L2] Llama 2, 2307.09288.
