@@ -485,7 +485,8 @@ def test_kl_and_rewards_are_measured_by_what_the_folder_holds(tmp_path, tokenize
             theirs = M.logprobs(other(tokens[:, :-1]), tokens[:, 1:])[0, len(prompt) - 1:]
             naive[mix].append((sum(own) - theirs.sum().item(), scorer(tokens)[0, -1].item()))
     kl, helpful = (sum(column) / 12 for column in zip(*naive["helpful"]))
-    assert found["kl"] == pytest.approx(kl, abs=1e-4) and kl > 0.001
+    # an estimate from 12 answers of two untrained networks: it may have either sign, but is not 0
+    assert found["kl"] == pytest.approx(kl, abs=1e-4) and abs(kl) > 0.001
     assert found["reward_helpful"] == pytest.approx(helpful, abs=1e-5)
     assert found["reward_safety"] == pytest.approx(
         sum(score for _, score in naive["unsafe"]) / 12, abs=1e-5)
