@@ -38,6 +38,8 @@ except ImportError:  # Windows: the console itself edits lines and recalls them
 
 @dataclass
 class Config:
+    """How to talk, and to whom: each field is a flag, its comment the help text."""
+
     checkpoint: str | None = None  # model to talk to, any format; none: the last stage in OUT
     tokenizer: str | None = None  # SentencePiece model, where the checkpoint has none beside it
     base: bool = False  # continue the text instead of answering; a pretrain checkpoint always does

@@ -43,6 +43,8 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    """What is sampled, and how it is learnt: each field is a flag, its comment the help text."""
+
     model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # model to start from; none: OUT/ppo.pt; paper: RLHF-V3 (§3.3)
     data: str | None = None  # .jsonl of dialogues; none: questions of the tiny world
@@ -221,7 +223,7 @@ def sample_examples(model, tokenizer, material: dict, cfg: Config) -> list[dict]
 
     1) Questions inside a dialogue that have no answer yet get one, asked alone; in half of the
        dialogues a share of them, drawn from 0 to 1, with the instruction. A dialogue in which the
-       model obeys has answers that obey: without any in training, it forgot on turns 3 to 6.
+       model obeys has answers that obey: with none in training, one seed forgot on turns 3 to 6.
     2) The last one is answered with the instruction on every turn; what disobeys is tried again.
     3) What obeys is kept, under the instruction on the first turn.
     4) Ordinary prompts get ordinary answers.

@@ -43,6 +43,8 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    """Versions, rewards and PPO: each field is a flag, its comment the help text."""
+
     model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # SFT model, where every version starts; none: OUT/sft.pt
     data: str | None = None  # .jsonl of prompts with is_safety; none: prompts of the tiny world

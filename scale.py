@@ -480,6 +480,8 @@ def load_state(path, model, optimizer, world: World, check=None) -> dict | None:
 
 @dataclass
 class Consolidate:
+    """Flags of `consolidate`, a distributed state made one file."""
+
     state: str = "out/pretrain.state"  # folder of a run's distributed resume states
     part: str = ""  # which model of several: ppo.py has policy and critic
     tokenizer: str = "tokenizer.model"  # SentencePiece model, or a checkpoint of ours that holds it
@@ -994,6 +996,8 @@ def read_manifest(folder: Path) -> dict:
 
 @dataclass
 class Tokenise:
+    """Flags of `tokenise`, text made token shards."""
+
     data: str = "corpus"  # .txt, .jsonl or a folder of them
     tokenizer: str = "tokenizer.model"  # SentencePiece model
     vocab_size: int = 0  # if > 0 and it does not exist: train it on the data; paper: 32000 (§2.2)
@@ -1087,6 +1091,8 @@ def _write_shard(path: Path, texts: list[str]) -> None:
 
 @dataclass
 class Plan:
+    """Flags of `plan` and `simulate`, one training run."""
+
     model: str = "70b"  # preset: tiny 15m 110m 1b 7b 13b 34b 70b
     layers: int = 0  # 0: the preset's; 4 are enough to compare simulation and closed form
     ranks: int = 2048  # GPUs; paper: 2000 (§2.2.1)
@@ -1133,6 +1139,8 @@ def run_simulation(cfg: Plan) -> None:
 
 @dataclass
 class Table:
+    """Flags of `table`, the paper's four sizes."""
+
     ranks: int = 2048  # GPUs for the column of days; paper: 2000 (§2.2.1)
 
 

@@ -38,6 +38,8 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
+    """What is imitated, and how: each field is a flag, its comment the help text."""
+
     model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # model to start from; none: OUT/pretrain.pt
     data: str | None = None  # .jsonl of dialogues; none: demonstrations of the tiny world

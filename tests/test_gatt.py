@@ -186,9 +186,12 @@ def test_earlier_questions_are_asked_alone_and_in_half_of_the_dialogues_some_wit
     obey, and none does in 1/2 + 1/2 * 1/8 of the dialogues. Each was sampled on its own."""
     question, gap = {"role": "user", "content": "And?"}, {"role": "assistant", "content": None}
     dialogs = [[question, gap] * 7 + [question] for _ in range(400)]
+    rules = [{**RULE, "instruction": f"Act as Plato. {i}"} for i in range(400)]
     examples, read = sampled(monkeypatch, tokenizer, obedient, Config(tries=1), dialogs=dialogs,
-                             instructions=[RULE] * 400)
-    assert all(len(prompt) == 1 for prompt in read[:2800])
+                             instructions=rules)
+    for i, prompt in enumerate(read[:2800]):  # with the instruction of its own dialogue, or none
+        assert contents(prompt, "user") in (["And?"], [f"{rules[i // 7]['instruction']} And?"])
+        assert len(prompt) == 1
     earlier = [contents(row["messages"], "assistant")[:-1] for row in examples[:400]]
     obey = [sum(text == "I am Plato. Yes." for text in texts) for texts in earlier]
     assert {text for texts in earlier for text in texts} == {"I am Plato. Yes.", "Yes."}
