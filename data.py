@@ -74,9 +74,9 @@ class Tokenizer:
         """Ids of `text`, BOS in front and EOS behind on request; ValueError: lone surrogates.
 
         Word by word, and the ids of the last 65,536 different words are kept: 1.6 times as
-        fast as the whole text at once. The space left out at a cut is the one that SentencePiece puts in
-        front of the next word: the ids stay the same, because no piece reaches from a letter
-        across a space [META tok: split_by_whitespace].
+        fast as the whole text at once. The space left out at a cut is the one that SentencePiece
+        puts in front of the next word: the ids stay the same, because no piece reaches from a
+        letter across a space [META tok: split_by_whitespace].
         """
         check_text(text, "text")
         ids = [self.bos_id] if bos else []

@@ -38,7 +38,7 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
-    """What is trained, on what, and for how long: each field is a flag, its comment the help text."""
+    """What is trained, on what, how long: each field is a flag, its comment the help text."""
 
     model: str = "tiny"  # preset: tiny 15m 110m 1b 7b 13b 34b 70b
     data: str | None = None  # text, or token shards with weights: wiki=2,web; none: the tiny world

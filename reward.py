@@ -43,7 +43,7 @@ import data, kernels, model as M, scale
 
 @dataclass
 class Config:
-    """What is compared, and how the two models learn it: each field is a flag, its comment the help text."""
+    """What is compared, and how it is learnt: each field is a flag, its comment the help text."""
 
     model: str | None = None  # preset that the checkpoint has; a dry run needs no checkpoint then
     checkpoint: str | None = None  # chat model to start from; none: OUT/sft.pt
