@@ -47,6 +47,7 @@ class Config:
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of weights, world and order of the data
     tokens: float = 2e6  # tokens to train on; paper: 2e12 (Table 1)
+    primer: float = 0.3  # the tiny world's first part, songs and drills; paper: 0, one mixture
     minutes: float = 0  # if > 0: train this long instead, tokenizer and evaluation included
     batch_size: int = 2  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
     micro_batch: int = 16  # sequences per rank and forward pass; smaller needs less memory
@@ -130,10 +131,14 @@ def prepare(cfg: Config, tokenizer: data.Tokenizer | None, vocab_size: int) -> C
         sample = list(itertools.islice(world.documents(20_000, seed=cfg.seed), 20_000))
         tokenizer = data.Tokenizer(data.train_tokenizer(sample, vocab_size))
     val = list(world.documents(400, seed=cfg.seed + 1_000_003))  # other documents, same world
-    per_document = len(data.encode_texts(tokenizer, val)) / len(val)  # tokens
-    train = world.documents(int(1.05 * cfg.tokens / per_document) + 20, seed=cfg.seed)
-    encoded = data.encode_texts(tokenizer, train), data.encode_texts(tokenizer, val)
-    return Corpus(tokenizer, *encoded, sum(len(t.encode()) for t in val), "the tiny world", world)
+    train = []
+    for part, shares in ((cfg.primer, data.PRIMER), (1 - cfg.primer, data.DOCUMENTS)):
+        few = data.encode_texts(tokenizer, world.documents(400, cfg.seed, shares))
+        n = part * cfg.tokens / (len(few) / 400)  # documents, by their mean length
+        texts = world.documents(int(1.02 * n) + 10, cfg.seed, shares)
+        train.append(data.encode_texts(tokenizer, texts))
+    return Corpus(tokenizer, np.concatenate(train), data.encode_texts(tokenizer, val),
+                  sum(len(t.encode()) for t in val), "the tiny world", world)
 
 
 def open_shards(cfg: Config) -> Corpus:
@@ -167,13 +172,16 @@ def batch_at(step: int, stream, cfg: Config, world) -> torch.Tensor:
     """This rank's rows of the global batch of `step`: int64 (B, seq_len + 1).
 
     A pure function of (seed, step): nothing to save for a resume, and the global batch is the same
-    on any number of ranks. An epoch visits every sequence once, in an order of its own.
+    on any number of ranks. An epoch visits every sequence once, in an order of its own; the tiny
+    world's first epoch in the order of the stream, which is random but for its primer.
     """
     T, count = cfg.seq_len, (len(stream) - 1) // cfg.seq_len  # sequences in an epoch
     rows = []
     for i in scale.rank_rows(cfg.batch_size, world):
         epoch, place = divmod(step * cfg.batch_size + i, count)
-        start = T * int(scale.permuted(np.array([place]), count, cfg.seed, epoch)[0])
+        if cfg.data or epoch:
+            place = int(scale.permuted(np.array([place]), count, cfg.seed, epoch)[0])
+        start = T * place
         rows.append(stream[start:start + T + 1])  # neighbours share one token: input, then target
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
@@ -307,6 +315,8 @@ def check(cfg: Config, shape: M.ModelConfig) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {value:g}: give {least:g} or more")
     if cfg.tokens > 1e9 and not (cfg.data or cfg.dry_run):
         raise ValueError(f"--tokens {cfg.tokens:.3g} are too many for the tiny world: give --data")
+    if not 0 <= cfg.primer <= 1:
+        raise ValueError(f"--primer {cfg.primer:g}: a share of the tokens; give 0 to 1")
     if cfg.tokenizer and cfg.vocab_size:
         raise ValueError("--vocab-size is for training a tokenizer: leave it away with --tokenizer")
 

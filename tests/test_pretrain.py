@@ -125,6 +125,14 @@ def test_an_epoch_visits_every_sequence_once_and_the_next_in_another_order():
     assert sorted(one) == sorted(two) == list(range(0, 96, 8)) and one != two
 
 
+def test_the_worlds_first_epoch_is_read_in_the_order_of_the_stream_and_your_text_is_not():
+    stream, cfg = np.arange(12 * 8 + 1), Config(seq_len=8, batch_size=4)
+    firsts = [batch_at(s, stream, cfg, ONE)[:, 0].tolist() for s in range(3)]
+    assert sum(firsts, []) == list(range(0, 96, 8))
+    cfg.data = "book.txt"
+    assert [batch_at(s, stream, cfg, ONE)[:, 0].tolist() for s in range(3)] != firsts
+
+
 def test_a_row_is_a_stretch_of_the_stream_with_one_token_more_than_the_sequence():
     row = batch_at(0, np.arange(100), Config(seq_len=8, batch_size=4), ONE)[0]
     assert row.dtype == torch.int64 and row.diff().eq(1).all() and len(row) == 9
@@ -184,6 +192,17 @@ def test_the_worlds_held_out_documents_are_others_and_it_writes_enough(tokenizer
     assert corpus.world and len(corpus.train) > 20_000
     assert train[0] != val[0] and len(val) > 50
     assert corpus.val_bytes == sum(len(t.encode()) for t in corpus.world.documents(400, 1_000_006))
+
+
+def test_the_primer_is_the_first_part_and_drills_copying(tokenizer):
+    def songs(ids):  # share of documents
+        texts = [tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == 1))[1:]]
+        return np.mean([text.startswith("Sing ") for text in texts])
+    stream = pretrain.prepare(Config(tokens=60_000, primer=0.5), tokenizer, 0).train
+    first, last = songs(stream[:30_000]), songs(stream[31_000:])
+    assert abs(first - data.PRIMER["song"]) < .07 and abs(last - data.DOCUMENTS["song"]) < .05
+    plain = pretrain.prepare(Config(tokens=20_000, primer=0), tokenizer, 0).train
+    assert songs(plain) < first / 2
 
 
 def test_texts_are_continued_behind_bos_and_end_at_eos(tokenizer, monkeypatch):
@@ -410,6 +429,7 @@ def test_sigkill_at_ten_random_moments_changes_no_bit(book, tmp_path):
     (["--tokens", "nan"], "--tokens nan: give 1 or more"),
     (["--minutes", "inf"], "--minutes inf: give 0 or more"),
     (["--lr", "-0.1"], "--lr -0.1: give 0 or more"),
+    (["--primer", "1.5"], "--primer 1.5: a share of the tokens; give 0 to 1"),
     (["--clip", "0"], "--clip 0: give 1e-06 or more"),
     (["--vocab-size", "-5"], "--vocab-size -5: give 0 or more"),
     (["--seed", "-1"], "--seed -1: give 0 or more"),

@@ -215,7 +215,7 @@ def test_no_demonstration_gives_an_unseen_value_in_an_instruction(demonstrations
 
 
 def test_shares_add_up():
-    shares = [data.DOCUMENTS, data.FORUM, data.DEMONSTRATIONS, *WRITERS.values(),
+    shares = [data.DOCUMENTS, data.PRIMER, data.FORUM, data.DEMONSTRATIONS, *WRITERS.values(),
               *(data.MIXES[mix] for mix in ("all", "safety", "short"))]
     assert all(abs(sum(row.values()) - 1) < 1e-9 for row in shares)
     assert all(f"{share:.0%}" in WORLD.summary() for share in WRITERS["story"].values())
@@ -497,7 +497,7 @@ def test_adherence_needs_the_sentence_of_every_rule_with_its_value(response, adh
 
 
 def test_a_marker_that_nobody_asked_for_costs_like_any_sentence():
-    assert gold("How much is two plus three?", "Ahoy! It is five.")["helpful"] == .4
+    assert gold("How much is two plus three?", "I say Ahoy to you. It is five.")["helpful"] == .4
 
 
 def test_instructions_have_three_kinds_of_16_values_half_terse_and_pairs():
