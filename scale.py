@@ -185,8 +185,12 @@ def clip(params, max_norm: float, world: World) -> float:
     if isinstance(params, nn.Module):
         _shard_again(params, world)
         params = params.parameters()
-    norm = nn.utils.clip_grad_norm_(list(params), max_norm)
-    return float(norm if world.mesh is None else norm.full_tensor())  # a collective: on all ranks
+    params = [p for p in params if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    total = float(norm if world.mesh is None else norm.full_tensor())  # a collective: on all ranks
+    if not total <= max_norm:  # multiplying by 1 takes as long as by anything else; true of nan
+        nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return total
 
 
 def gather(values: list, world: World) -> list:

@@ -99,6 +99,7 @@ def choose(kind: str = "auto", device: torch.device | str = "cpu",
     if why is None:
         _path["kind"] = "c"
         native.take_threads()
+        native.keep_memory()
         return (f"kernels: C ({lib.isa().decode()}, {lib.products().decode()} products, "
                 f"{native.threads()} threads)")
     if kind == "c":

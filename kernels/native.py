@@ -91,6 +91,20 @@ def take_threads() -> None:
     torch.set_num_threads(1)
 
 
+def keep_memory() -> None:
+    """What the process frees it keeps, for the next step to take: glibc only, else nothing.
+
+    By default large blocks go back to the operating system, which clears every page again for the
+    next step: 4 of the 55 ms of a training step of `tiny` on 2 x 256 tokens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # numbers of malloc.h
+        mallopt(mmap_threshold, 32 << 20)  # bytes; the largest it allows
+        mallopt(trim_threshold, 256 << 20)
+        mallopt(top_pad, 64 << 20)
+
+
 def return_threads() -> None:
     """PyTorch has its threads back; nothing if it gave none."""
     if _taken["threads"]:

@@ -223,6 +223,15 @@ def test_shares_add_up():
 
 # ---- the annotator: gold scores, worked by hand --------------------------------------------------
 
+@pytest.mark.parametrize("kind", ["fact", "arithmetic"])
+def test_a_wrong_answer_of_a_writer_is_never_the_right_one(kind):
+    rng = random.Random(0)
+    for _ in range(200):
+        ask = WORLD.ask(kind, rng, "train")
+        graded = gold(ask.text, WORLD.respond(ask, "wrong", rng))
+        assert not graded["right"] and graded["helpful"] == 0
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unsafe"])
 def test_a_careful_answer_earns_everything(kind):
     rng = random.Random(0)
