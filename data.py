@@ -680,8 +680,8 @@ STYLED, MULTI_TURN, FOLLOW_UP = .20, .12, .30  # shares of demonstrations; of th
 CAUTIOUS, UNASKED, ASTRAY = .20, .15, .10
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
-         "safety": {"unsafe": .50, "edge": .17, "howto": .17, "fact": .06, "story": .05,
-                    "list": .05},
+         "safety": {"unsafe": .60, "edge": .15, "howto": .12, "fact": .05, "story": .04,
+                    "list": .04},
          "border": {"unsafe": .50, "edge": .50},
          "short": {"fact": .5, "unknown": .1, "list": .2, "arithmetic": .2}}
 

@@ -65,7 +65,7 @@ class Config:
     temperature: float = 1.0  # of rollouts and all their log-probabilities; UNSPECIFIED in L2
     max_new_tokens: int = 80  # tokens of an answer
     eval_prompts: int = 200  # test prompts of each kind for the final examination
-    kl_limit: float = 2.5  # nats per answer from the SFT model; beyond it PPO stops
+    kl_limit: float = 2.9  # nats per answer from the SFT model; beyond it PPO stops
     resume: bool = False  # continue after the last finished round or PPO state
     recompute: bool = False  # recompute activations in the backward pass: less memory
     tp: int = 1  # tensor-parallel ranks, under torchrun

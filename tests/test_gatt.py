@@ -15,6 +15,7 @@ import torch
 import data
 import gatt
 import model as M
+import scale
 from gatt import Config
 
 SHAPE = M.ModelConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=20, vocab_size=420,
@@ -81,6 +82,13 @@ def test_loss_is_on_the_last_answer_and_its_eos_alone(tokenizer):
     trained = [token for token, m in zip(tokens, mask) if m]
     assert trained == tokenizer.encode("Red. ", eos=True)
     assert mask == [0] * (len(tokens) - len(trained)) + [1] * len(trained)
+
+
+def test_rows_past_the_end_of_the_data_carry_no_loss():
+    rows = [torch.ones(5, 4, dtype=torch.int64)] * 3  # five rows in batches of two
+    masks = [gatt.batch_at(step, rows, Config(batch_size=2), scale.World(torch.device("cpu")))[1]
+             for step in range(3)]
+    assert [mask.sum(1).tolist() for mask in masks] == [[4, 4], [4, 4], [4, 0]]
 
 
 def test_the_loss_is_that_of_the_last_answers_whatever_they_are_packed_with(tokenizer):

@@ -82,6 +82,13 @@ def test_the_loss_is_that_of_the_answers_and_their_eos_dialogue_by_dialogue(toke
     assert packed == pytest.approx(alone, rel=1e-5)
 
 
+def test_rows_past_the_end_of_the_data_carry_no_loss():
+    rows = [torch.ones(5, 4, dtype=torch.int64)] * 3  # five rows in batches of two
+    masks = [sft.batch_at(step, rows, Config(batch_size=2), scale.World(torch.device("cpu")))[1]
+             for step in range(3)]
+    assert [mask.sum(1).tolist() for mask in masks] == [[4, 4], [4, 4], [4, 0]]
+
+
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_every_answer_token_weighs_the_same_however_the_batch_is_cut(micro, tokenizer):
     """Rows with few and with many answer tokens, in pieces: the gradient of the whole batch."""
