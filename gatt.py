@@ -51,7 +51,7 @@ class Config:
     instructions: str | None = None  # .jsonl, see read_instructions; goes with --data
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of questions, instructions, sampling and order
-    dialogues: int = 1500  # dialogues under an instruction; UNSPECIFIED in L2
+    dialogues: int = 1200  # dialogues under an instruction; UNSPECIFIED in L2
     turns: int = 12  # questions of the longest; the paper's hold for 20 and more (§A.3.5)
     tries: int = 3  # samples until one obeys; paper: 1 (§3.3)
     replay: int = 1000  # ordinary prompts whose answers are learnt too; paper: 0 (§3.3)
@@ -170,7 +170,7 @@ def tiny_world(cfg: Config) -> dict:
 
     test = cfg.seed + 1_000_003
     talks = world.conversations(cfg.turns, "train", cfg.dialogues, cfg.seed)
-    lengths = [1 + int(cfg.turns * (i / cfg.dialogues) ** 1.5) for i in range(cfg.dialogues)]
+    lengths = [1 + int(cfg.turns * (i / cfg.dialogues) ** 0.8) for i in range(cfg.dialogues)]
     dialogs = [[{"role": role, "content": text if role == "user" else None}
                 for text in texts[:length] for role in ("user", "assistant")][:-1]
                for texts, length in zip(talks, lengths)]  # most are short

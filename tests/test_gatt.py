@@ -133,11 +133,11 @@ def test_unseen_values_are_in_no_training_instruction(world_material):
     assert unseen <= words(world_material["unseen"])
 
 
-def test_trained_answers_stand_at_every_turn_more_often_at_early_ones(world_material):
+def test_trained_answers_stand_at_every_turn_rather_more_often_at_late_ones(world_material):
     lengths = [len(contents(dialog, "user")) for dialog in world_material["dialogs"]]
     counts = [lengths.count(n) for n in range(1, 6)]
-    assert sum(counts) == len(lengths) == 400 and counts == sorted(counts, reverse=True)
-    assert counts[-1] > 40
+    assert sum(counts) == len(lengths) == 400 and counts == sorted(counts)
+    assert counts[0] > 40
     assert all(dialog[-1]["role"] == "user" for dialog in world_material["dialogs"])
 
 
