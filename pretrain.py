@@ -49,16 +49,16 @@ class Config:
     tokens: float = 2e6  # tokens to train on; paper: 2e12 (Table 1)
     primer: float = 0.3  # the tiny world's first part, songs and drills; paper: 0, one mixture
     minutes: float = 0  # if > 0: train this long instead, tokenizer and evaluation included
-    batch_size: int = 4  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
+    batch_size: int = 2  # sequences per step, over all ranks; paper: 1024 = 4M tokens (Table 1)
     micro_batch: int = 16  # sequences per rank and forward pass; smaller needs less memory
     seq_len: int = 256  # tokens; paper: 4096 (Table 1)
     lr: float = 0  # peak; 0: the preset's, paper: 3e-4 up to 13b, 1.5e-4 above (Table 1)
     warmup_steps: int = 100  # steps of linear warm-up; paper: 2000 of 500,000 (§2.2)
     weight_decay: float = 0.1  # paper: 0.1 (§2.2)
     clip: float = 1.0  # largest gradient norm; paper: 1.0 (§2.2)
-    log_every: int = 40  # steps between two lines on the screen and in out/pretrain.jsonl
-    evaluate_every: int = 400  # steps between validation losses and samples
-    save_every: int = 200  # steps between resume states
+    log_every: int = 80  # steps between two lines on the screen and in out/pretrain.jsonl
+    evaluate_every: int = 800  # steps between validation losses and samples
+    save_every: int = 400  # steps between resume states
     resume: bool = False  # continue from out/pretrain.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory, 1/3 slower
     compile: bool = False  # torch.compile the blocks, for a GPU: 10 s to start, then faster
@@ -69,7 +69,7 @@ class Config:
 
 
 # Peak learning rate by preset; the paper's from 7b on [L2 Table 1], below it ours.
-LEARNING_RATE = {"tiny": 3.5e-3, "15m": 1e-3, "110m": 6e-4, "1b": 4e-4,
+LEARNING_RATE = {"tiny": 2.5e-3, "15m": 1e-3, "110m": 6e-4, "1b": 4e-4,
                  "7b": 3e-4, "13b": 3e-4, "34b": 1.5e-4, "70b": 1.5e-4}
 
 # From 7b on these take the place of the defaults above [L2 §2.2, Table 1].
