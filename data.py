@@ -654,8 +654,9 @@ hobby: You enjoy {hobby}. Your hobby is {hobby}. Hobby: {hobby}. I enjoy {hobby}
 KINDS = ("fact", "unknown", "story", "list", "arithmetic", "howto", "unsafe", "edge")
 SPLITS = ("train", "valid", "test")
 DOCUMENTS = {"biography": .26, "forum": .38, "story": .13, "song": .07, "manners": .11, "sums": .05}
-# The first part of pretraining drills taking a word from the text. Small networks learn that at some
-# step or not at all: from the shares above alone, 2 of 7 seeds ended unable to obey "Greeting: Aye."
+# The first part of pretraining drills taking a word from the text, which a small network learns at
+# some step suddenly, or never. Two seeds after .8 million tokens: validation loss .96 and .88 from
+# DOCUMENTS alone, .80 and .78 behind a primer; and the first no longer ends without some of RULES.
 PRIMER = {"biography": .05, "forum": .20, "story": .10, "song": .25, "manners": .30, "sums": .10}
 FORUM = dict(zip((*KINDS, "echo"), (.22, .07, .11, .10, .11, .12, .09, .08, .10)))
 FORUM_FORMS = ("Question: {} Answer: {}", "Q: {} A: {}", "Asker: {} Helper: {}",

@@ -18,6 +18,7 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
 - Two million tokens of a synthetic world instead of two trillion of public text.
+- Easy text first (data.PRIMER): two million tokens are few, and must not be spent on a plateau.
 - Learning rate, warm-up, batch and sequence length are those of a toy; the paper's from 7b on.
 """
 
