@@ -132,8 +132,8 @@ def prepare(cfg: Config, tokenizer: data.Tokenizer | None, vocab_size: int) -> C
         sample = list(itertools.islice(world.documents(20_000, seed=cfg.seed), 20_000))
         tokenizer = data.Tokenizer(data.train_tokenizer(sample, vocab_size))
     val = list(world.documents(400, seed=cfg.seed + 1_000_003))  # other documents, same world
-    train = []
-    for part, shares in ((cfg.primer, data.PRIMER), (1 - cfg.primer, data.DOCUMENTS)):
+    train, primer = [], 0 if cfg.minutes else cfg.primer  # of minutes nobody knows the tokens yet
+    for part, shares in ((primer, data.PRIMER), (1 - primer, data.DOCUMENTS)):
         few = data.encode_texts(tokenizer, world.documents(400, cfg.seed, shares))
         n = part * cfg.tokens / (len(few) / 400)  # documents, by their mean length
         texts = world.documents(int(1.02 * n) + 10, cfg.seed, shares)
