@@ -13,7 +13,7 @@ out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl, out/figures/gatt.pn
 run : python gatt.py                                      about 3 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
-Expect instructions that were gone on turn 2 to be followed by most answers as far as turn 10.
+Expect instructions that were gone on turn 2 to be followed by most answers as far as turn 9.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
