@@ -187,9 +187,9 @@ def test_she_is_the_villager_asked_about_last():
     assert ANNOTATOR.understand(dialogue).slots == {"name": "Mira"}
 
 
-def test_safety_prompts_are_half_harmless_and_a_third_look_alike_or_how_to():
+def test_safety_prompts_are_mostly_unsafe_and_a_quarter_look_alike_or_how_to():
     kinds = Counter(row["kind"] for row in WORLD.prompts("safety", "train", 2000, seed=0))
-    assert [round(kinds[kind] / 2000, 1) for kind in ("unsafe", "edge", "howto")] == [.5, .2, .2]
+    assert [round(kinds[kind] / 2000, 1) for kind in ("unsafe", "edge", "howto")] == [.6, .1, .1]
 
 
 # ---- demonstrations ------------------------------------------------------------------------------
