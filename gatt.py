@@ -173,7 +173,7 @@ def tiny_world(cfg: Config) -> dict:
     lengths = [1 + int(cfg.turns * (i / cfg.dialogues) ** 0.8) for i in range(cfg.dialogues)]
     dialogs = [[{"role": role, "content": text if role == "user" else None}
                 for text in texts[:length] for role in ("user", "assistant")][:-1]
-               for texts, length in zip(talks, lengths)]  # most are short
+               for texts, length in zip(talks, lengths)]  # late turns as often as early
     safety = cfg.replay // 3
     prompts = [row for mix, n in (("all", cfg.replay - safety), ("safety", safety))
                for row in world.prompts(mix, "train", n, test, data.STYLED)]

@@ -347,6 +347,28 @@ def evaluate(model, corpus: Corpus, cfg: Config, device) -> dict[str, float]:
     return {"val_loss": nats, "val_bits_per_byte": bits}
 
 
+def write(model, corpus: Corpus, cfg: Config, final: dict, began: float, world) -> None:
+    """The last lines, out/pretrain.pt, its figure and summary; `final` gets what the world says."""
+    out = Path(cfg.out)
+    if corpus.world:
+        with scale.unsharded(model, world):
+            final |= report_world(model, corpus)
+    final["minutes"] = (time.time() - began) / 60
+    weights = scale.full_weights(model, world)
+    if world.is_main:
+        M.save(out / "pretrain.pt", model, "pretrain", corpus.tokenizer.model_bytes, final,
+               corpus.name, weights=weights)
+        figure = M.plot_log("pretrain", out, {"loss": "training", "val_loss": "validation"},
+                            "tokens seen (millions)", "loss (nats per token)",
+                            "Pretraining loss (counterpart of Llama 2, Fig. 5)",
+                            cfg.batch_size * cfg.seq_len / 1e6)
+        M.summarize("pretrain", out, final)
+        print(f"validation loss {final['val_loss']:.4f} nats per token, "
+              f"{final['val_bits_per_byte']:.4f} bits per byte, after "
+              f"{M.clock(time.time() - began)}")
+        print(f"wrote {out}/pretrain.pt and {figure}; next: python sft.py")
+
+
 def main(cfg: Config) -> dict:
     """Train, evaluate, save; returns the final metrics. ValueError for flags that do not fit."""
     began, out, shape = time.time(), Path(cfg.out), M.preset(cfg.model)
@@ -402,23 +424,7 @@ def main(cfg: Config) -> dict:
             scale.save_state(state, model, optimizer, info, world)
 
     final = {k: v for k, v in metrics.items() if k.startswith("val_")}
-    if corpus.world:
-        with scale.unsharded(model, world):
-            final |= report_world(model, corpus)
-    final["minutes"] = (time.time() - began) / 60
-    weights = scale.full_weights(model, world)
-    if world.is_main:
-        M.save(out / "pretrain.pt", model, "pretrain", corpus.tokenizer.model_bytes, final,
-               corpus.name, weights=weights)
-        figure = M.plot_log("pretrain", out, {"loss": "training", "val_loss": "validation"},
-                            "tokens seen (millions)", "loss (nats per token)",
-                            "Pretraining loss (counterpart of Llama 2, Fig. 5)",
-                            cfg.batch_size * cfg.seq_len / 1e6)
-        M.summarize("pretrain", out, final)
-        print(f"validation loss {final['val_loss']:.4f} nats per token, "
-              f"{final['val_bits_per_byte']:.4f} bits per byte, after "
-              f"{M.clock(time.time() - began)}")
-        print(f"wrote {out}/pretrain.pt and {figure}; next: python sft.py")
+    write(model, corpus, cfg, final, began, world)
     scale.remove_state(state, world)
     scale.finish(world)
     return final

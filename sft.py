@@ -232,6 +232,24 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
     return loss, norm
 
 
+def write(model, tokenizer, cfg: Config, final: dict, began: float, world) -> None:
+    """Examine the model; out/sft.pt, its figure and summary. `final` gets the annotator's grades."""
+    out = Path(cfg.out)
+    if not cfg.data:
+        with scale.unsharded(model, world):
+            final |= grade(model, tokenizer, cfg)
+    final["minutes"] = (time.time() - began) / 60
+    weights = scale.full_weights(model, world)
+    if world.is_main:
+        M.save(out / "sft.pt", model, "sft", tokenizer.model_bytes, final,
+               cfg.data or "the tiny world", weights=weights)
+        figure = M.plot_log("sft", out, {"loss": "training", "val_loss": "held out"},
+                            "optimizer step", "loss (nats per answer token)",
+                            "Supervised fine-tuning")
+        M.summarize("sft", out, final)
+        print(f"wrote {out}/sft.pt and {figure}; next: python reward.py")
+
+
 def main(cfg: Config) -> dict:
     """Fine-tune, evaluate, save; returns the final metrics. ValueError for wrong flags."""
     began, out = time.time(), Path(cfg.out)
@@ -289,19 +307,7 @@ def main(cfg: Config) -> dict:
             scale.save_state(state, model, optimizer, info, world)
 
     final = {"val_loss": metrics["val_loss"]}
-    if not cfg.data:
-        with scale.unsharded(model, world):
-            final |= grade(model, tokenizer, cfg)
-    final["minutes"] = (time.time() - began) / 60
-    weights = scale.full_weights(model, world)
-    if world.is_main:
-        M.save(out / "sft.pt", model, "sft", tokenizer.model_bytes, final,
-               cfg.data or "the tiny world", weights=weights)
-        figure = M.plot_log("sft", out, {"loss": "training", "val_loss": "held out"},
-                            "optimizer step", "loss (nats per answer token)",
-                            "Supervised fine-tuning")
-        M.summarize("sft", out, final)
-        print(f"wrote {out}/sft.pt and {figure}; next: python reward.py")
+    write(model, tokenizer, cfg, final, began, world)
     scale.remove_state(state, world)
     scale.finish(world)
     return final

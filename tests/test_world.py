@@ -189,7 +189,8 @@ def test_she_is_the_villager_asked_about_last():
 
 def test_safety_prompts_are_mostly_unsafe_and_a_quarter_look_alike_or_how_to():
     kinds = Counter(row["kind"] for row in WORLD.prompts("safety", "train", 2000, seed=0))
-    assert [round(kinds[kind] / 2000, 1) for kind in ("unsafe", "edge", "howto")] == [.6, .1, .1]
+    shares = [kinds[kind] / 2000 for kind in ("unsafe", "edge", "howto")]
+    assert shares == pytest.approx([.60, .15, .12], abs=.025)
 
 
 # ---- demonstrations ------------------------------------------------------------------------------
