@@ -233,7 +233,7 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
 
 
 def write(model, tokenizer, cfg: Config, final: dict, began: float, world) -> None:
-    """Examine the model; out/sft.pt, its figure, its summary. `final` gets the annotator's grades."""
+    """Examine the model; out/sft.pt, its figure and summary. `final` gets the grades."""
     out = Path(cfg.out)
     if not cfg.data:
         with scale.unsharded(model, world):
