@@ -677,14 +677,18 @@ WRITERS = {
 }
 INSTRUCTED = .35  # share of forum posts whose answer follows an instruction
 STYLED, MULTI_TURN, FOLLOW_UP = .20, .12, .30  # shares of demonstrations; of those; of fact prompts
+LONG = .05  # share of demonstrations with 9 to 12 questions
 # Shares of comparisons: a canned refusal, an unasked greeting or hobby; for safety, a stray answer.
 CAUTIOUS, UNASKED, ASTRAY = .20, .15, .10
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
-         "safety": {"unsafe": .60, "edge": .15, "howto": .12, "fact": .05, "story": .04,
+         "safety": {"unsafe": .60, "edge": .20, "howto": .08, "fact": .04, "story": .04,
                     "list": .04},
-         "border": {"unsafe": .50, "edge": .50},
-         "short": {"fact": .5, "unknown": .1, "list": .2, "arithmetic": .2}}
+         "border": {"unsafe": .35, "edge": .65},
+         # what helpfulness comparisons are collected on: more of what is hard to judge
+         "compared": {"fact": .32, "unknown": .06, "story": .13, "list": .13, "arithmetic": .18,
+                      "howto": .09, "edge": .09},
+         "short": {"fact": .60, "unknown": .10, "list": .15, "arithmetic": .15}}
 
 
 # ---- text and grammar from the same templates
@@ -1120,9 +1124,13 @@ class World:
 
     def demonstrations(self, n: int, seed: int) -> Iterator[dict]:
         """n rows {"messages"} for SFT by writers of mixed quality, train compositions only; of them
-        MULTI_TURN have 2 to 4 questions, STYLED an instruction (seen values) on the last one."""
+        MULTI_TURN have 2 to 4 questions, STYLED an instruction (seen values) on the last one; LONG
+        are `_long_dialogue`s."""
         rng = random.Random(f"demonstrations {self.seed} {seed}")
         for _ in range(n):
+            if rng.random() < LONG:
+                yield {"messages": self._long_dialogue(rng)}
+                continue
             questions = rng.randint(2, 4) if rng.random() < MULTI_TURN else 1
             messages = [message for _ in range(questions) for message in self._dialogue(
                 self.ask(draw(DEMONSTRATIONS, rng), rng, "train"), rng, flawed=True)]
@@ -1131,6 +1139,18 @@ class World:
                 rule = self._instruct(messages, rng)
                 messages.append({**last, "content": self.obey(rule, last["content"])})
             yield {"messages": messages}
+
+    def _long_dialogue(self, rng):
+        """9 to 12 short questions, up to all of them with one instruction, obeyed where it stands:
+        without such, nothing before Ghost Attention would look back over more than a few turns."""
+        messages, rule, share = [], self.instruction(rng, "seen"), max(0., rng.uniform(-1, 1))
+        for _ in range(rng.randint(9, 12)):
+            ask = self.ask(draw(MIXES["short"], rng), rng, "train")
+            text, answer = ask.text, self.respond(ask, draw(WRITERS[ask.kind], rng), rng)
+            if rng.random() < share:
+                text, answer = f"{rule} {text}", self.obey(rule, answer)
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        return messages
 
     def _instruct(self, messages, rng):
         """Put an instruction (seen values) on the open question of a dialogue, or, half the time

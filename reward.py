@@ -52,7 +52,7 @@ class Config:
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of prompts, labels, head and order
     pairs: int = 12000  # comparisons to collect, a third of them for safety; paper: 1.4 million
-    test_pairs: int = 600  # comparisons to hold out for each model; paper: 1000 a week (§3.2.2)
+    test_pairs: int = 1000  # comparisons to hold out for each model; paper: 1000 a week (§3.2.2)
     margin: Literal["none", "small", "large"] = "small"  # m(rating); paper: unsaid (Table 27)
     aux_weight: float = 0.5  # of the safety model's classification loss; UNSPECIFIED in L2
     batch_size: int = 8  # pairs per step, over all ranks; paper: 512 (§3.2.2)
@@ -174,9 +174,10 @@ def collect(cfg: Config, world) -> None:
     model = scale.wrap(model, world)
     counts = {"helpful": cfg.pairs - cfg.pairs // 3, "safety": cfg.pairs // 3}
     for name in COLLECTED:
-        which, _, test = name.partition("_")  # which: also the name of the mix of prompts
+        which, _, test = name.partition("_")
         n = cfg.test_pairs if test else counts[which]
-        prompts = village.prompts(which, test or "train", n, cfg.seed, data.STYLED)
+        kinds = "compared" if name == "helpful" else which
+        prompts = village.prompts(kinds, test or "train", n, cfg.seed, data.STYLED)
         rows = compare(model, tokenizer, village, [row["messages"] for row in prompts],
                        "safe" if which == "safety" else "helpful", f"{name} {cfg.seed}", world)
         path, text = preferences(cfg, name), "".join(json.dumps(row) + "\n" for row in rows)

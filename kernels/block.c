@@ -137,9 +137,11 @@ Backward backward_buffers(const Shape *s, long T, Pool *pool) {
     return w;
 }
 
-/* dw (N, K) += dy^T x: the gradient of w in y = x w^T, from dy (T, N) and x (T, K; ldx). */
+/* dw (N, K) += dy^T x: the gradient of w in y = x w^T, from dy (T, N) and x (T, K; ldx). Nothing
+ * for NULL, a weight that does not learn. */
 static void weight_gradient(long T, long N, long K, const num *dy, const num *x, long ldx,
                             const Backward *w, float *dw) {
+    if (!dw) return;
     pack_left(T, N, dy, N, w->left);
     pack(T, K, x, ldx, w->right, deep(T) * NR);
     gemm(N, K, T, packed_columns(w->left, T), w->right, deep(T) * NR, dw, K, dw, K);

@@ -35,7 +35,7 @@ class Shape(ctypes.Structure):
 # One letter per argument: p pointer, i long, f float, n int. Every function returns an int.
 SIGNATURES = {
     "trunk_forward": "piippppppppn",
-    "trunk_backward": "piipppppppppn",
+    "trunk_backward": "piipppppppppnn",
     "head_forward": "iiippppfpppn",
     "head_backward": "iiippppfpppppn",
     "rollout": "ppppiiipppffiipppn",

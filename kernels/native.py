@@ -15,6 +15,7 @@ from kernels.build import Shape, load_library
 
 LAYER = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
          "ffn_norm", "feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down")
+FEED_FORWARD = LAYER[-3:]  # where none of these learns, their gradients are not computed
 
 
 _products = "float32"  # which library `library` gives; written by `use`
@@ -188,15 +189,17 @@ class Trunk(torch.autograd.Function):
                                "given back after the first; --kernels torch can keep them")
         B, T, D = d_hidden.shape
         d_hidden, dx, n = d_hidden.contiguous(), torch.empty(B, T, D), _threads(B)
-        gradients = torch.empty(sum(w.numel() for w in weights))
+        gradients, needed = torch.empty(sum(w.numel() for w in weights)), ctx.needs_input_grad[5:]
+        ffn = any(need for i, need in enumerate(needed[:-1]) if LAYER[i % 9] in FEED_FORWARD)
         _check(ctx.lib.trunk_backward(
             ctypes.byref(ctx.shape), B, T, d_hidden.data_ptr(), ctx.lengths.data_ptr(),
             _pointer(ctx.segments), _pointers(weights), ctx.rope[0].data_ptr(),
-            ctx.rope[1].data_ptr(), ctx.kept.data_ptr(), dx.data_ptr(), gradients.data_ptr(), n))
+            ctx.rope[1].data_ptr(), ctx.kept.data_ptr(), dx.data_ptr(), gradients.data_ptr(), ffn,
+            n))
         ctx.kept = _give_back(ctx.kept)
         parts = gradients.split([w.numel() for w in weights])
         parts = [p.view_as(w) if need else None
-                 for p, w, need in zip(parts, weights, ctx.needs_input_grad[5:])]
+                 for p, w, need in zip(parts, weights, needed)]
         return None, None, None, None, dx, *parts
 
 

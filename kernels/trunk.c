@@ -54,6 +54,7 @@ typedef struct {
     const float *in;          /* (B, T, D): x, or d_hidden */
     float *out;               /* (B, T, D): hidden, or dx */
     float *gradients, *others; /* all_gradients: the first thread's; one row for each other */
+    int ffn;                  /* whether the feed-forward matrices learn */
     int failed;
 } Batch;
 
@@ -109,7 +110,7 @@ EXPORT int trunk_forward(const Shape *s, long B, long T, const float *x, const i
     int *owner = (int *)grab(&pool, B);
     Packed *packed = pack_weights(s, layers, 0, n_threads, &pool);
     Batch g = {s, B, T, layers, weights[9 * s->n_layers], cos, sin, lengths, segments, owner,
-               packed, saved, x, hidden, NULL, NULL, pool.failed};
+               packed, saved, x, hidden, NULL, NULL, 0, pool.failed};
     if (!g.failed) {
         share_out(B, lengths, n_threads, owner);
         in_threads(forward_job, &g, n_threads);
@@ -142,10 +143,13 @@ static void backward_job(void *task, int thread, int n_threads) {
         memset(w.dx, 0, (size_t)(n * D) * sizeof(float));
         rmsnorm_backward(n, D, last.x, g->final_norm, last.scale, g->in + b * T * D, w.dx,
                          flat + L * gradients_size(s));
-        for (long l = L - 1; l >= 0 && n; l--)
+        for (long l = L - 1; l >= 0 && n; l--) {
+            Gradients at = gradients_at(s, flat, l);
+            if (!g->ffn) at.gu = at.down = NULL;
             block_backward(s, n, g->layers + l, g->packed + l, g->cos, g->sin,
                            g->segments ? g->segments + b * T : NULL, saved_at(s, T, base, l), &w,
-                           gradients_at(s, flat, l));
+                           at);
+        }
         memcpy(dx, w.dx, (size_t)(n * D) * sizeof(float));
         memset(dx + n * D, 0, (size_t)((T - n) * D) * sizeof(float));
     }
@@ -163,19 +167,19 @@ static void sum_job(void *task, int thread, int n_threads) {
 }
 
 /* dx (B, T, D) and all weight gradients from d_hidden (B, T, D). saved: as the forward pass left
- * it. gradients: (all_gradients), in the order of the weights. Returns 0, or -1 when memory is
- * short. */
+ * it. gradients: (all_gradients), in the order of the weights; without ffn those of gate, up and
+ * down, over a third of the products, are 0. Returns 0, or -1 when memory is short. */
 EXPORT int trunk_backward(const Shape *s, long B, long T, const float *d_hidden,
                           const int64_t *lengths, const int64_t *segments,
                           const float *const *weights, const float *cos, const float *sin,
-                          float *saved, float *dx, float *gradients, int n_threads) {
+                          float *saved, float *dx, float *gradients, int ffn, int n_threads) {
     Pool pool = {.n = 0};
     const Layer *layers = (const Layer *)weights;
     int *owner = (int *)grab(&pool, B);
     Packed *packed = pack_weights(s, layers, 1, n_threads, &pool);
     float *others = grab(&pool, (n_threads - 1) * all_gradients(s));
     Batch g = {s, B, T, layers, weights[9 * s->n_layers], cos, sin, lengths, segments, owner,
-               packed, saved, d_hidden, dx, gradients, others, pool.failed};
+               packed, saved, d_hidden, dx, gradients, others, ffn, pool.failed};
     if (!g.failed) {
         share_out(B, lengths, n_threads, owner);
         in_threads(backward_job, &g, n_threads);

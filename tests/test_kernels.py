@@ -216,6 +216,20 @@ def test_frozen_parameters_get_no_gradient_and_micro_batches_add_up(products):
 
 
 @needs_c
+@pytest.mark.parametrize("which", ["attention.w", "norm", "layers.1.feed_forward.w_up"])
+def test_gradients_are_the_same_bits_when_other_weights_do_not_learn(which, products):
+    net, tokens = network(ODD), random_tokens(ODD, 3, 20)
+    whole = trunk_and_gradients(net, tokens)
+    for name, p in net.named_parameters():
+        p.requires_grad_(which in name)
+    part = trunk_and_gradients(net, tokens)
+    learns = {name for name in whole if which in name}
+    assert learns and set(part) == {"hidden", *learns}
+    for name in learns:
+        assert torch.equal(part[name], whole[name]), name
+
+
+@needs_c
 def test_a_second_backward_pass_is_refused_and_not_wrong(products):
     hidden = kernels.trunk(network(ODD), random_tokens(ODD, 2, 9))
     hidden.sum().backward(retain_graph=True)

@@ -136,13 +136,15 @@ def test_a_share_of_the_prompts_comes_with_an_instruction(folder, village, monke
     assert len(rows) == 300 and 0.12 < told / 300 < 0.28
 
 
-def test_every_unsafe_prompt_at_the_border_has_a_look_alike(folder, village, monkeypatch):
-    """A third is half unsafe, half edge; with the mix of all the rest: unsafe 26%, edge 23%."""
+def test_a_third_of_the_prompts_lies_at_the_border_with_more_look_alikes_than_unsafe_ones(
+        folder, village, monkeypatch):
+    """With the mix of all, the other two thirds: unsafe 21%, edge 28%."""
     monkeypatch.undo()
     rows = ppo.draw_prompts(toy(folder), village, "border", 1200)
-    share = {kind: sum(row["kind"] == kind for row in rows) / 1200 for kind in data.KINDS}
-    assert share["unsafe"] == pytest.approx(1 / 6 + 2 / 3 * data.DEMONSTRATIONS["unsafe"], abs=.04)
-    assert share["edge"] == pytest.approx(1 / 6 + 2 / 3 * data.DEMONSTRATIONS["edge"], abs=.04)
+    for kind, share in data.MIXES["border"].items():
+        found = sum(row["kind"] == kind for row in rows) / 1200
+        assert found == pytest.approx(share / 3 + 2 / 3 * data.DEMONSTRATIONS[kind], abs=.04)
+    assert data.MIXES["border"]["edge"] > .6
 
 
 def test_the_held_out_kl_counts_every_answer(folder, tokenizer, village):

@@ -190,7 +190,7 @@ def test_she_is_the_villager_asked_about_last():
 def test_safety_prompts_are_mostly_unsafe_and_a_quarter_look_alike_or_how_to():
     kinds = Counter(row["kind"] for row in WORLD.prompts("safety", "train", 2000, seed=0))
     shares = [kinds[kind] / 2000 for kind in ("unsafe", "edge", "howto")]
-    assert shares == pytest.approx([.60, .15, .12], abs=.025)
+    assert shares == pytest.approx([.60, .20, .08], abs=.025)
 
 
 # ---- demonstrations ------------------------------------------------------------------------------
@@ -203,9 +203,24 @@ def test_demonstrations_are_mixed_as_the_constants_say(demonstrations):
     judged = [(ANNOTATOR.understand(before).kind, ANNOTATOR.gold(before, m)) for before, m in asks]
     unsafe = [gold["violation"] for kind, gold in judged if kind == "unsafe"]
     helpful = [gold["helpful"] for kind, gold in judged if kind != "unsafe"]
-    assert .10 <= sum(rounds(row) > 1 for row in demonstrations) / len(demonstrations) <= .20
+    assert .15 <= sum(rounds(row) > 1 for row in demonstrations) / len(demonstrations) <= .25
     assert abs(sum(unsafe) / len(unsafe) - WRITERS["unsafe"]["careful"]) < .08
     assert .6 < sum(helpful) / len(helpful) < .8
+
+
+def test_in_long_demonstrations_an_instruction_is_obeyed_where_it_stands_and_nowhere_else(
+        demonstrations):
+    long = [row["messages"] for row in demonstrations if len(row["messages"]) > 16]
+    assert len(long) / len(demonstrations) == pytest.approx(data.LONG, abs=.02)
+    assert {len(messages) for messages in long} == {18, 20, 22, 24}
+    told = untold = 0
+    for messages in long:
+        for question, answer in zip(messages[::2], messages[1::2]):
+            assert ANNOTATOR.adherence(question["content"], answer["content"])
+            marked = any(label[0] == "marker" for label, _ in data.parse_all(answer["content"]))
+            assert marked == bool(data.rules_in(question["content"]))
+            told, untold = told + marked, untold + (not marked)
+    assert .15 < told / (told + untold) < .35  # half the dialogues, half their questions
 
 
 def test_no_demonstration_gives_an_unseen_value_in_an_instruction(demonstrations):
@@ -217,7 +232,7 @@ def test_no_demonstration_gives_an_unseen_value_in_an_instruction(demonstrations
 
 def test_shares_add_up():
     shares = [data.DOCUMENTS, data.PRIMER, data.FORUM, data.DEMONSTRATIONS, *WRITERS.values(),
-              *(data.MIXES[mix] for mix in ("all", "safety", "short"))]
+              *(data.MIXES[mix] for mix in ("all", "safety", "short", "compared"))]
     assert all(abs(sum(row.values()) - 1) < 1e-9 for row in shares)
     assert all(f"{share:.0%}" in WORLD.summary() for share in WRITERS["story"].values())
 
