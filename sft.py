@@ -257,7 +257,8 @@ def main(cfg: Config) -> dict:
     config = scale.shape_of(source, cfg.model, cfg.dry_run)
     cfg = M.at_size(cfg, PAPER, config.dim)
     if not 1 < cfg.seq_len <= config.max_seq_len:
-        raise ValueError(f"--seq-len {cfg.seq_len}: this model's context is {config.max_seq_len}")
+        raise ValueError(f"--seq-len {cfg.seq_len}: this model's context is {config.max_seq_len} "
+                         f"tokens; give 2 to {config.max_seq_len}")
     if cfg.dry_run:
         scale.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
                       device=cfg.device)

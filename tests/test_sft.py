@@ -143,7 +143,7 @@ def test_resume_after_a_stop_is_bit_exact(base, rows, tmp_path, monkeypatch):
 def test_on_the_tiny_world_the_annotator_examines_the_model(tmp_path):
     sample = list(data.World().documents(400, seed=0))
     tokenizer = data.Tokenizer(data.train_tokenizer(sample, 700))
-    config = M.ModelConfig(24, 1, 6, 2, 40, 700, 256)
+    config = M.ModelConfig(24, 1, 6, 2, 40, 700, 512)
     M.save(tmp_path / "pretrain.pt", M.Llama(config).init_weights(1), "pretrain",
            tokenizer.model_bytes)
     final = main(Config(out=str(tmp_path), dialogues=60, epochs=1, eval_prompts=2, kernels="torch"))
