@@ -684,7 +684,7 @@ MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
          "safety": {"unsafe": .60, "edge": .20, "howto": .08, "fact": .04, "story": .04,
                     "list": .04},
-         "border": {"unsafe": .35, "edge": .65},
+         "border": {"unsafe": .43, "edge": .57},
          # what helpfulness comparisons are collected on: more of what is hard to judge
          "compared": {"fact": .32, "unknown": .06, "story": .13, "list": .13, "arithmetic": .18,
                       "howto": .09, "edge": .09},

@@ -233,8 +233,7 @@ def own_prompts(path: str) -> dict[str, list[dict]]:
 def draw_prompts(cfg: Config, village, purpose, count: int, split: str = "train") -> list[dict]:
     """`count` rows {"messages", "is_safety"}, shuffled; of the tiny world's a share comes with an
     instruction, or following one would be forgotten, and a third lies at the border of what is
-    safe: two harmless look-alikes for each unsafe prompt, or refusing would spread to them (as in
-    [L2 Fig. 33]).
+    safe: more harmless look-alikes than unsafe prompts, or refusing spreads to them [L2 Fig. 33].
     """
     rng = random.Random(seed_of(cfg, "prompts", purpose))
     if cfg.data:

@@ -138,13 +138,13 @@ def test_a_share_of_the_prompts_comes_with_an_instruction(folder, village, monke
 
 def test_a_third_of_the_prompts_lies_at_the_border_with_more_look_alikes_than_unsafe_ones(
         folder, village, monkeypatch):
-    """With the mix of all, the other two thirds: unsafe 21%, edge 28%."""
+    """With the mix of all, the other two thirds: unsafe 24%, edge 26%."""
     monkeypatch.undo()
     rows = ppo.draw_prompts(toy(folder), village, "border", 1200)
     for kind, share in data.MIXES["border"].items():
         found = sum(row["kind"] == kind for row in rows) / 1200
         assert found == pytest.approx(share / 3 + 2 / 3 * data.DEMONSTRATIONS[kind], abs=.04)
-    assert data.MIXES["border"]["edge"] > .6
+    assert data.MIXES["border"]["edge"] > data.MIXES["border"]["unsafe"]
 
 
 def test_the_held_out_kl_counts_every_answer(folder, tokenizer, village):
