@@ -56,7 +56,7 @@ class Config:
     tries: int = 3  # samples until one obeys; paper: 1 (§3.3)
     replay: int = 1000  # ordinary prompts whose answers are learnt too; paper: 0 (§3.3)
     train: Literal["attention", "all"] = "attention"  # weights; from 7b on all, as in SFT (§3.3)
-    epochs: int = 5  # passes over all examples; UNSPECIFIED in L2 (SFT: 2)
+    epochs: int = 3  # passes over all examples; UNSPECIFIED in L2 (SFT: 2)
     batch_size: int = 8  # packed rows per step, over all ranks; UNSPECIFIED in L2
     micro_batch: int = 16  # rows per rank and forward pass; smaller needs less memory
     seq_len: int = 512  # tokens per packed row; paper: 4096 (§A.3.5)
