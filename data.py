@@ -676,8 +676,9 @@ WRITERS = {
     "edge": {"careful": .28, "cut": .42, "curt": .30},  # curt: a false refusal
 }
 INSTRUCTED = .35  # share of forum posts whose answer follows an instruction
-STYLED, MULTI_TURN, FOLLOW_UP = .20, .12, .30  # shares of demonstrations; of those; of fact prompts
-LONG = .05  # share of demonstrations with 9 to 12 questions
+LONG = .05  # share of demonstrations with 9 to 12 questions; of the others, those with
+STYLED, MULTI_TURN = .20, .12  # an instruction on the last question; 2 to 4 questions
+FOLLOW_UP = .30  # share of questions about facts that ask on, about "her"
 # Shares of comparisons: a canned refusal, an unasked greeting or hobby; for safety, a stray answer.
 CAUTIOUS, UNASKED, ASTRAY = .20, .15, .10
 MIXES = {"all": DEMONSTRATIONS,
@@ -685,7 +686,7 @@ MIXES = {"all": DEMONSTRATIONS,
          "safety": {"unsafe": .60, "edge": .20, "howto": .08, "fact": .04, "story": .04,
                     "list": .04},
          "border": {"unsafe": .43, "edge": .57},
-         # what helpfulness comparisons are collected on: more of what is hard to judge
+         # what reward.py trains the helpfulness model on: more of what is hard to judge
          "compared": {"fact": .32, "unknown": .06, "story": .13, "list": .13, "arithmetic": .18,
                       "howto": .09, "edge": .09},
          "short": {"fact": .60, "unknown": .10, "list": .15, "arithmetic": .15}}
@@ -1123,9 +1124,9 @@ class World:
         return messages
 
     def demonstrations(self, n: int, seed: int) -> Iterator[dict]:
-        """n rows {"messages"} for SFT by writers of mixed quality, train compositions only; of them
-        MULTI_TURN have 2 to 4 questions, STYLED an instruction (seen values) on the last one; LONG
-        are `_long_dialogue`s."""
+        """n rows {"messages"} for SFT by writers of mixed quality, train compositions only; LONG are
+        `_long_dialogue`s; of the others MULTI_TURN have 2 to 4 questions (and what follows them
+        up), STYLED an instruction (seen values) on the last one."""
         rng = random.Random(f"demonstrations {self.seed} {seed}")
         for _ in range(n):
             if rng.random() < LONG:
@@ -1141,15 +1142,17 @@ class World:
             yield {"messages": messages}
 
     def _long_dialogue(self, rng):
-        """9 to 12 short questions, up to all of them with one instruction, obeyed where it stands:
-        without such, nothing before Ghost Attention would look back over more than a few turns."""
+        """9 to 12 short questions; none to all of them come with the same instruction, which is
+        obeyed where it stands. Without these dialogues nothing before Ghost Attention is longer
+        than 256 tokens, and answers further on break."""
         messages, rule, share = [], self.instruction(rng, "seen"), max(0., rng.uniform(-1, 1))
         for _ in range(rng.randint(9, 12)):
             ask = self.ask(draw(MIXES["short"], rng), rng, "train")
             text, answer = ask.text, self.respond(ask, draw(WRITERS[ask.kind], rng), rng)
             if rng.random() < share:
                 text, answer = f"{rule} {text}", self.obey(rule, answer)
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            messages += [{"role": "user", "content": text},
+                         {"role": "assistant", "content": answer}]
         return messages
 
     def _instruct(self, messages, rng):
@@ -1187,7 +1190,7 @@ class World:
 
     def conversations(self, turns: int, split: str, n: int, seed: int) -> list[list[str]]:
         """n lists of `turns` user messages that need no context and have short answers, so that ten
-        turns fit into 512 tokens."""
+        turns fit into 512 tokens even with an instruction on each."""
         rng = random.Random(f"conversations {self.seed} {split} {seed}")
         return [[self.ask(draw(MIXES["short"], rng), rng, split).text for _ in range(turns)]
                 for _ in range(n)]
@@ -1207,7 +1210,7 @@ class World:
     def summary(self) -> str:
         """The world's manufactured statistics: shares of documents, kinds and manners."""
         rows = {"first documents": PRIMER, "documents": DOCUMENTS, "forum questions": FORUM,
-                "demonstrations": DEMONSTRATIONS}
+                "demonstrations": DEMONSTRATIONS, "long dialogues": MIXES["short"]}
         rows |= {f"  {kind} answers": WRITERS[kind] for kind in KINDS}
         return "\n".join(f"{title:<22}" + "  ".join(f"{key} {share:.0%}" for key, share in
                                                     row.items()) for title, row in rows.items())

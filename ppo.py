@@ -233,7 +233,8 @@ def own_prompts(path: str) -> dict[str, list[dict]]:
 def draw_prompts(cfg: Config, village, purpose, count: int, split: str = "train") -> list[dict]:
     """`count` rows {"messages", "is_safety"}, shuffled; of the tiny world's a share comes with an
     instruction, or following one would be forgotten, and a third lies at the border of what is
-    safe: more harmless look-alikes than unsafe prompts, or refusing spreads to them [L2 Fig. 33].
+    safe: more harmless look-alikes than unsafe prompts, or refusing would spread to these
+    [L2 Fig. 33].
     """
     rng = random.Random(seed_of(cfg, "prompts", purpose))
     if cfg.data:
@@ -492,8 +493,8 @@ def gold(at: Places, rows: list[dict], responses: list[list[int]]) -> float:
 def compare(number: int, newest, previous, at: Places) -> list[dict]:
     """Rows of a preference file: answers of the two newest versions, labelled by the annotator.
 
-    As in reward.py, a third is judged for safety, on a mix of mostly harmless prompts, and some
-    first answers are what neither would say; an answer that was cut is none.
+    A third is judged for safety, on mostly unsafe prompts, and as in reward.py some first answers
+    are what neither would say; an answer that was cut is none.
     """
     cfg, lines = at.cfg, []
     annotator, rng = data.Annotator(at.village), random.Random(seed_of(cfg, "labels", number))

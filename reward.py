@@ -167,7 +167,8 @@ def collect(cfg: Config, world) -> None:
     """Write out/preferences_{helpful,safety}[_test].jsonl: pairs of answers, labelled [L2 §3.2.1].
 
     Helpfulness and safety are judged by guidelines of their own, on prompts of their own; the test
-    pairs are answers to held-out prompts.
+    pairs are answers to held-out prompts. Helpfulness is trained on more of what is hard to judge,
+    and tested on prompts as they come.
     """
     model, info = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
     tokenizer, village = data.Tokenizer(info["tokenizer"]), data.World()

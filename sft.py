@@ -50,7 +50,7 @@ class Config:
     epochs: int = 2  # passes over the dialogues; paper: 2 (§3.1)
     batch_size: int = 8  # packed rows per step, over all ranks; paper: 64 (§3.1)
     micro_batch: int = 16  # rows per rank and forward pass; smaller needs less memory
-    seq_len: int = 512  # tokens per packed row; paper: 4096 (§3.1)
+    seq_len: int = 512  # tokens per packed row, at most the model's context; paper: 4096 (§3.1)
     lr: float = 0  # peak of the cosine; 0: by the model's width; paper: 2e-5 (§3.1)
     warmup_steps: int = 10  # UNSPECIFIED in L2
     weight_decay: float = 0.1  # paper: 0.1 (§3.1)

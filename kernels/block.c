@@ -180,7 +180,7 @@ void block_backward(const Shape *s, long T, const Layer *l, const Packed *p, con
     float *gu = widened(2 * T * F, a.gu, w->gu);
     swiglu_backward(T, F, gu, w->d_act, w->d_act, gu);
     weight_gradient(T, D, F, dy, narrowed(T, F, w->d_act, w->act), even(F), w, g.down);
-    norm_again(T, D, a.mid, l->ffn_norm, a.mid_scale, w);
+    if (g.gu) norm_again(T, D, a.mid, l->ffn_norm, a.mid_scale, w);
     dy = narrowed(T, 2 * F, gu, w->dy);
     weight_gradient(T, 2 * F, D, dy, w->n, D, w, g.gu);
     gemm(T, D, 2 * F, rows_of(dy, 2 * F), p->gu, deep(2 * F) * NR, w->dn, D, NULL, 0);

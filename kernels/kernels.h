@@ -186,7 +186,7 @@ typedef struct {
 } Forward;
 
 /* Gradients of one layer's weights, in the order of Layer, so that one flat buffer splits into
- * PyTorch's tensors. */
+ * PyTorch's tensors. gu and down may be NULL: not computed. */
 typedef struct {
     float *attention_norm, *qkv, *o, *ffn_norm, *gu, *down;
 } Gradients;

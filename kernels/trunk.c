@@ -168,7 +168,8 @@ static void sum_job(void *task, int thread, int n_threads) {
 
 /* dx (B, T, D) and all weight gradients from d_hidden (B, T, D). saved: as the forward pass left
  * it. gradients: (all_gradients), in the order of the weights; without ffn those of gate, up and
- * down, over a third of the products, are 0. Returns 0, or -1 when memory is short. */
+ * down are 0: a third of the products with weights is left out. Returns 0, or -1 when memory is
+ * short. */
 EXPORT int trunk_backward(const Shape *s, long B, long T, const float *d_hidden,
                           const int64_t *lengths, const int64_t *segments,
                           const float *const *weights, const float *cos, const float *sin,

@@ -16,6 +16,7 @@ computes the same sums in plain C (machine.h). Beyond the suite:
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \\
     pytest tests/test_kernels.py                       # or -fsanitize=thread and libtsan.so
 """
+import ctypes
 import functools
 import os
 import subprocess
@@ -227,6 +228,33 @@ def test_gradients_are_the_same_bits_when_other_weights_do_not_learn(which, prod
     assert learns and set(part) == {"hidden", *learns}
     for name in learns:
         assert torch.equal(part[name], whole[name]), name
+
+
+@needs_c
+@pytest.mark.parametrize("learns", ["attention.w", "w_down"])
+def test_gradients_of_feed_forward_weights_are_computed_only_if_one_learns(learns, products,
+                                                                           monkeypatch):
+    net, lib, seen = network(ODD), native.library(), []
+    sizes = [w.numel() for w in native.trunk_weights(net)]
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(lib, name)
+
+        def trunk_backward(self, *arguments):
+            code = lib.trunk_backward(*arguments)
+            flat = (ctypes.c_float * sum(sizes)).from_address(arguments[-3])
+            seen.extend(part.abs().sum().item() for part in
+                        torch.frombuffer(flat, dtype=torch.float32).split(sizes))
+            return code
+
+    monkeypatch.setattr(native, "library", Watched)
+    for name, p in net.named_parameters():
+        p.requires_grad_(learns in name)
+    kernels.trunk(net, random_tokens(ODD, 3, 20)).square().sum().backward()
+    names = [name for _ in net.layers for name in native.LAYER]
+    empty = {name for name, size in zip(names, seen) if size == 0}
+    assert empty == (set(native.FEED_FORWARD) if learns == "attention.w" else set())
 
 
 @needs_c

@@ -138,7 +138,7 @@ def test_a_share_of_the_prompts_comes_with_an_instruction(folder, village, monke
 
 def test_a_third_of_the_prompts_lies_at_the_border_with_more_look_alikes_than_unsafe_ones(
         folder, village, monkeypatch):
-    """With the mix of all, the other two thirds: unsafe 24%, edge 26%."""
+    """With the other two thirds, from the mix of all: 24% unsafe, 26% edge."""
     monkeypatch.undo()
     rows = ppo.draw_prompts(toy(folder), village, "border", 1200)
     for kind, share in data.MIXES["border"].items():

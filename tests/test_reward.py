@@ -460,6 +460,23 @@ def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
         assert labels == ({(True, False)} if by == "safe" else {(None, None)})
 
 
+def test_helpfulness_is_trained_on_what_is_hard_to_judge_and_tested_on_prompts_as_they_come(
+        folder, monkeypatch):
+    asked = []
+
+    class Village:
+        def prompts(self, kind, split, n, seed, styled):
+            asked.append((kind, split, n))
+            return []
+
+    monkeypatch.setattr(data, "World", Village)
+    monkeypatch.setattr(reward, "compare", lambda *_: [])
+    cfg = Config(out=str(folder), pairs=30, test_pairs=7)
+    reward.collect(cfg, scale.setup("cpu"))
+    assert asked == [("compared", "train", 20), ("helpful", "test", 7), ("safety", "train", 10),
+                     ("safety", "test", 7)]
+
+
 def test_an_unfinished_answer_is_no_answer(chat, tokenizer, monkeypatch):
     """A rollout whose rows end with EOS, and one that does not: the latter comes back empty."""
     def rollout(model, prompts, *arguments, row_ids, **options):

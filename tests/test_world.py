@@ -232,7 +232,7 @@ def test_no_demonstration_gives_an_unseen_value_in_an_instruction(demonstrations
 
 def test_shares_add_up():
     shares = [data.DOCUMENTS, data.PRIMER, data.FORUM, data.DEMONSTRATIONS, *WRITERS.values(),
-              *(data.MIXES[mix] for mix in ("all", "safety", "short", "compared"))]
+              *(data.MIXES[mix] for mix in ("all", "safety", "border", "short", "compared"))]
     assert all(abs(sum(row.values()) - 1) < 1e-9 for row in shares)
     assert all(f"{share:.0%}" in WORLD.summary() for share in WRITERS["story"].values())
 
