@@ -1124,9 +1124,9 @@ class World:
         return messages
 
     def demonstrations(self, n: int, seed: int) -> Iterator[dict]:
-        """n rows {"messages"} for SFT by writers of mixed quality, train compositions only; LONG are
-        `_long_dialogue`s; of the others MULTI_TURN have 2 to 4 questions (and what follows them
-        up), STYLED an instruction (seen values) on the last one."""
+        """n rows {"messages"} for SFT by writers of mixed quality, train compositions only. LONG
+        are `_long_dialogue`s; of the others MULTI_TURN have 2 to 4 questions (and what follows up
+        on them), STYLED an instruction (seen values) on the last one."""
         rng = random.Random(f"demonstrations {self.seed} {seed}")
         for _ in range(n):
             if rng.random() < LONG:
