@@ -13,7 +13,8 @@ out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl, out/figures/gatt.pn
 run : python gatt.py                                      about 3 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
-Expect instructions that were gone on turn 2 to be followed by most answers as far as turn 9.
+Expect an instruction that was gone on turn 2 to be followed by 19 answers of 20 as far as turn 10
+(values never trained on: by 3 of 4), if the model follows instructions at all.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
@@ -21,7 +22,8 @@ Differs from the paper:
 - Up to --tries answers are sampled; one that fails the instruction's string check is not kept.
 - The model's own answers to ordinary prompts are learnt beside them, so that nothing else is lost.
 - In the tiny world attention's matrices alone are trained. There are 33 values to obey, and a whole
-  network learns them by heart: on one seed 19% then obeyed a value never trained on at turn 10.
+  network learns them by heart: on one seed 19% then obeyed a value never trained on at turn 10
+  (of an earlier chat model).
 - Earlier answers in the tiny world's dialogues are sampled to each question alone, half of the
   dialogues with a share of answers that obey.
 """
