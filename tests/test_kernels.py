@@ -648,6 +648,15 @@ def test_two_processes_may_compile_at_once(tmp_path):
     assert [str(p) for p in tmp_path.rglob("*") if p.is_file()] == list(answers)
 
 
+def test_freed_memory_is_kept_where_the_c_library_can_and_nothing_happens_elsewhere(monkeypatch):
+    calls = []
+    glibc = SimpleNamespace(mallopt=lambda option, value: calls.append((option, value)))
+    for libc in (glibc, SimpleNamespace()):
+        monkeypatch.setattr(native.ctypes, "CDLL", lambda name, libc=libc: libc)
+        native.keep_memory()
+    assert sorted(calls) == [(-3, 32 << 20), (-2, 64 << 20), (-1, 256 << 20)]
+
+
 # ---------------------------------------------------------------------------- random shapes
 
 
@@ -719,12 +728,3 @@ def check_rollout(rng, path, config, P, seed):
 
 if __name__ == "__main__":
     print(f"{fuzz(float(sys.argv[1]), *map(int, sys.argv[2:]))} networks, all as in float64")
-
-
-def test_freed_memory_is_kept_where_the_c_library_can_and_nothing_happens_elsewhere(monkeypatch):
-    calls = []
-    glibc = SimpleNamespace(mallopt=lambda option, value: calls.append((option, value)))
-    for libc in (glibc, SimpleNamespace()):
-        monkeypatch.setattr(native.ctypes, "CDLL", lambda name, libc=libc: libc)
-        native.keep_memory()
-    assert sorted(calls) == [(-3, 32 << 20), (-2, 64 << 20), (-1, 256 << 20)]
