@@ -441,8 +441,9 @@ def draw_figure(out: Path, before: dict, after: dict) -> Path:
         for name, color in (("seen", "tab:blue"), ("unseen", "tab:orange")):
             curves.plot(range(1, len(report[name]) + 1), report[name], style, color=color,
                         markersize=4, label=f"{name} values, {when}")
-    curves.plot(range(1, len(before["ceiling"]) + 1), before["ceiling"], "k:",
-                label="ceiling: told on every turn, before")
+    for report, when, color in ((before, "before", "0.6"), (after, "after GAtt", "k")):
+        curves.plot(range(1, len(report["ceiling"]) + 1), report["ceiling"], ":", color=color,
+                    label=f"ceiling: told on every turn, {when}")
     curves.set(title="The instruction is given on turn 1 only", xlabel="turn", ylim=(0, 1.02),
                ylabel="share of answers that obey")
     curves.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
