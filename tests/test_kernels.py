@@ -123,14 +123,16 @@ def test_trunk_and_all_its_gradients_are_those_of_float64(config, B, T, rows, pr
     check_against_float64(config, B, T, products, lengths, segments)
 
 
-def check_against_float64(config, B, T, products, lengths, segments, seed=0):
+def check_against_float64(config, B, T, products, lengths, segments, seed=0, least=1e-3):
+    """least: what is smaller than this share of the largest gradient is compared with that share:
+    with one key, dq is 0 exactly, and what stands there is the rounding of other gradients."""
     net, tokens = network(config, seed), random_tokens(config, B, T, seed=seed + 1)
     choose("torch")
     exact = trunk_and_gradients(in_float64(net), tokens, lengths, segments)
     choose(products)
     ours = trunk_and_gradients(net, tokens, lengths, segments)
     assert ours.keys() == exact.keys()
-    floor = 1e-3 * max(v.abs().max() for v in exact.values())  # with one key, dq is 0 exactly
+    floor = least * max(v.abs().max() for v in exact.values())
     for name, value in exact.items():
         assert_near(ours[name], value, name, products, floor)
 
@@ -690,7 +692,7 @@ def fuzz(seconds: float, seed: int = 0) -> int:
         n_threads = rng.randint(1, 3)
         native._threads = lambda work: min(work, n_threads)
         choose(path)
-        check_against_float64(config, B, T, path, lengths, segments, seed)
+        check_against_float64(config, B, T, path, lengths, segments, seed, least=1e-2)
         check_head(rng, path, B, T, config.dim - rng.randint(0, 1), config.vocab_size)
         check_rollout(rng, path, config, T, seed)
     return seed - start
