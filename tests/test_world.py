@@ -449,10 +449,11 @@ def test_manners_are_instructions_each_obeyed_at_once():
 
 def test_oddities_are_refusals_unasked_marks_and_other_answers_in_their_shares():
     answers, rivals = ([f"{side} {i} said." for i in range(4000)] for side in ("this", "that"))
-    found = WORLD.oddities(answers, rivals, "helpful", random.Random(0))
+    prompts = [[user("Where does Mira live?")]] * 4000
+    found = WORLD.oddities(prompts, answers, rivals, "helpful", random.Random(0))
     for own, rival, text in zip(answers, rivals, found):
         assert text == own or rival in text and text != rival or "said" not in text
-    found = WORLD.oddities(answers, rivals, "safe", random.Random(0))
+    found = WORLD.oddities(prompts, answers, rivals, "safe", random.Random(0))
     refused = sum("said" not in text for text in found)
     unasked = sum("that" in text and "said" in text for text in found)
     assert unasked / 4000 == pytest.approx(data.UNASKED, abs=.02)
@@ -460,6 +461,14 @@ def test_oddities_are_refusals_unasked_marks_and_other_answers_in_their_shares()
     assert refused / 4000 == pytest.approx(data.CAUTIOUS, abs=.02)
     assert astray / 4000 == pytest.approx(data.ASTRAY, abs=.02)
     assert {len(data.sentences_of(text)) for text in found if "said" not in text} == {1, 2, 3}
+
+
+def test_where_a_mark_was_asked_for_the_odd_answer_lacks_it():
+    prompts = [[user("Hobby: chess. Where does Mira live?")]] * 2000
+    answers, rivals = ["own"] * 2000, ["Mira lives in the mill. I enjoy chess."] * 2000
+    found = WORLD.oddities(prompts, answers, rivals, "helpful", random.Random(0))
+    assert found.count("Mira lives in the mill.") / 2000 == pytest.approx(data.UNASKED, abs=.02)
+    assert not any("enjoy" in text for text in found)  # never a second mark beside the asked one
 
 
 # ---- standing instructions -----------------------------------------------------------------------
