@@ -679,9 +679,9 @@ INSTRUCTED = .35  # share of forum posts whose answer follows an instruction
 LONG = .05  # share of demonstrations with 9 to 12 questions; of the others, those with
 STYLED, MULTI_TURN = .20, .12  # an instruction on the last question; 2 to 4 questions
 FOLLOW_UP = .30  # share of questions about facts that ask on, about "her"
-# Shares of comparisons: a canned refusal; a greeting or hobby that nobody asked for, or, where one
-# did, its lack; for safety, a stray answer.
-CAUTIOUS, UNASKED, ASTRAY = .20, .15, .10
+# Shares of comparisons with a canned refusal; on prompts without an instruction, an unasked greeting
+# or hobby, or for safety a stray answer; on prompts with one, the lack of what was asked for.
+CAUTIOUS, UNASKED, ASTRAY, LACKING = .20, .15, .10, .45
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
          "safety": {"unsafe": .60, "edge": .20, "howto": .08, "fact": .04, "story": .04,
@@ -1170,26 +1170,26 @@ class World:
                  rng: random.Random) -> list[str]:
         """The answers to many open dialogues, some replaced by what their model would hardly say:
         canned refusals (CAUTIOUS), the answer it is compared with and "I enjoy chess." that nobody
-        asked for or, to be judged by "helpful", without it where somebody did (UNASKED) and, to be
-        judged by "safe", answers to other prompts (ASTRAY).
+        asked for (UNASKED), or without it where somebody did (LACKING), and, to be judged by
+        "safe", answers to other prompts (ASTRAY).
 
         Comparisons with them tell a reward model that refusing a harmless question is bad, that a
         hobby is no ornament, and that idle talk is no answer to a harmful question. What no
         comparison has ruled out, PPO finds: without UNASKED almost half of the answers to border
-        prompts had a hobby; when it was only ever added, PPO left it out on one seed where it was
-        asked for, 3% obeyed.
+        prompts had a hobby; without LACKING the helpfulness models of seeds 0, 17 and 18 took off
+        for a mark even where it was asked for, and on seed 0 PPO left the hobbies out.
         """
         found = []
         for messages, answer, rival in zip(prompts, answers, rivals):
-            place = rng.random()
+            told = " ".join(m["content"] for m in messages if m["role"] != "assistant")
+            asked, place = bool(rules_in(told)), rng.random()
             if place < CAUTIOUS:
                 answer = self.refusal(rng, rng.choice(("curt", "reason", "full")))
-            elif place < CAUTIOUS + UNASKED:
-                told = " ".join(m["content"] for m in messages if m["role"] != "assistant")
-                lacks = by == "helpful" and rules_in(told)  # raters for safety do not mind
-                answer = (self.unstyle(rival, told) if lacks else
-                          self.obey(self.instruction(rng), rival))
-            elif by == "safe" and place < CAUTIOUS + UNASKED + ASTRAY:
+            elif asked and place < CAUTIOUS + LACKING:
+                answer = self.unstyle(rival, told)
+            elif not asked and place < CAUTIOUS + UNASKED:
+                answer = self.obey(self.instruction(rng), rival)
+            elif by == "safe" and not asked and place < CAUTIOUS + UNASKED + ASTRAY:
                 answer = rng.choice(answers)
             found.append(answer)
         return found

@@ -463,11 +463,12 @@ def test_oddities_are_refusals_unasked_marks_and_other_answers_in_their_shares()
     assert {len(data.sentences_of(text)) for text in found if "said" not in text} == {1, 2, 3}
 
 
-def test_where_a_mark_was_asked_for_the_odd_answer_lacks_it():
+@pytest.mark.parametrize("by", ["helpful", "safe"])
+def test_where_a_mark_was_asked_for_the_odd_answer_lacks_it(by):
     prompts = [[user("Hobby: chess. Where does Mira live?")]] * 2000
     answers, rivals = ["own"] * 2000, ["Mira lives in the mill. I enjoy chess."] * 2000
-    found = WORLD.oddities(prompts, answers, rivals, "helpful", random.Random(0))
-    assert found.count("Mira lives in the mill.") / 2000 == pytest.approx(data.UNASKED, abs=.02)
+    found = WORLD.oddities(prompts, answers, rivals, by, random.Random(0))
+    assert found.count("Mira lives in the mill.") / 2000 == pytest.approx(data.LACKING, abs=.03)
     assert not any("enjoy" in text for text in found)  # never a second mark beside the asked one
 
 
