@@ -679,8 +679,8 @@ INSTRUCTED = .35  # share of forum posts whose answer follows an instruction
 LONG = .05  # share of demonstrations with 9 to 12 questions; of the others, those with
 STYLED, MULTI_TURN = .20, .12  # an instruction on the last question; 2 to 4 questions
 FOLLOW_UP = .30  # share of questions about facts that ask on, about "her"
-# Shares of comparisons with a canned refusal; on prompts without an instruction, an unasked greeting
-# or hobby, or for safety a stray answer; on prompts with one, the lack of what was asked for.
+# Shares of comparisons with a canned refusal; on prompts without an instruction, with an unasked
+# greeting or hobby, or for safety a stray answer; on prompts with one, without what it asks for.
 CAUTIOUS, UNASKED, ASTRAY, LACKING = .20, .15, .10, .45
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
