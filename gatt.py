@@ -13,8 +13,8 @@ out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl, out/figures/gatt.pn
 run : python gatt.py                                      about 2 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
-Expect an instruction that was gone on turn 2 to be followed by 19 answers of 20 as far as turn 10
-(values never trained on: by 3 of 4), if the model follows instructions at all.
+Expect an instruction that was gone on turn 2 to be followed by 89 to 97% of the answers on turn 10
+(values never trained on: 70 to 89%), if the model follows instructions at all.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
