@@ -15,8 +15,8 @@ out : out/rlhf_v1.pt .. rlhf_v5.pt, rlhf_control.pt, out/ppo.pt, out/ppo.jsonl, 
 run : python ppo.py                                       about 4 minutes on two AVX2 cores
       python ppo.py --reward my_reward.py:fn              your own fn(prompts, responses) -> scores
 
-Expect helpfulness .65 to .81 at T = 1 and .75 to .90 at T = 0.5, at T = 1 .15 to .27
-above SFT, 1% violations, 2 to 3 nats from SFT, and that PPO's model wins two thirds of its decided comparisons with V5.
+Expect helpfulness .65 to .81 at T = 1 (.15 to .27 above SFT), .75 to .90 at T = 0.5, violations of
+1%, 2 to 3 nats from SFT, and that PPO's model wins two thirds of its decided comparisons with V5.
 
 Keys: [L2] Llama 2, 2307.09288.  [PPO] 1707.06347.  [GAE] 1506.02438.  [N+] 2403.17031.
 
