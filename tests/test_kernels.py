@@ -708,7 +708,8 @@ def check_head(rng, path, B, T, D, V):
     choose("torch")
     exact = head_and_gradients(hidden.double(), weight.double(), targets, mask, temperature)
     choose(path)
-    floor = 1e-3 * max(v.abs().max() for v in exact.values())
+    # logits of size 1 to 10 leave an absolute error in a log-probability, however near 0 that is
+    floor = max(1e-2, *(1e-3 * v.abs().max().item() for v in exact.values()))
     for name, value in exact.items():
         assert_near(ours[name], value, name, path, floor)
 
