@@ -257,8 +257,7 @@ def main(cfg: Config) -> dict:
     config = scale.shape_of(source, cfg.model, cfg.dry_run)
     cfg = M.at_size(cfg, PAPER, config.dim)
     if not 1 < cfg.seq_len <= config.max_seq_len:
-        raise ValueError(f"--seq-len {cfg.seq_len}: this model's context is {config.max_seq_len} "
-                         f"tokens; give 2 to {config.max_seq_len}")
+        raise ValueError(f"--seq-len {cfg.seq_len}: this model's context is {config.max_seq_len}")
     if cfg.dry_run:
         scale.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
                       device=cfg.device)
@@ -279,7 +278,6 @@ def main(cfg: Config) -> dict:
     check_same = functools.partial(M.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
     saved = scale.load_state(state, model, optimizer, world, check_same) if cfg.resume else None
     first, total = saved["step"] if saved else 0, math.ceil(len(rows[0]) / cfg.batch_size)
-    peak = cfg.lr or default_lr(config.dim)
     log = M.Log("sft", out, total, first if saved else None)
     print(f"{len(train)} dialogues in {len(rows[0]) / cfg.epochs:.0f} rows of {cfg.seq_len} tokens "
           f"({rows[1].float().mean():.0%} answers), {len(held_out)} held out; {cfg.epochs} epochs "
@@ -293,7 +291,7 @@ def main(cfg: Config) -> dict:
         # 1) batch
         batch = batch_at(step, rows, cfg, world)
         # 2) forward and loss  3) backward, clip, step
-        lr = learning_rate(step, total, peak, cfg.warmup_steps)
+        lr = learning_rate(step, total, cfg.lr or default_lr(config.dim), cfg.warmup_steps)
         loss, norm = train_step(model, optimizer, batch, lr, cfg, world)
         # 4) log  5) once in a while: evaluate, save
         done, metrics = step + 1, {"loss": loss, "lr": lr, "grad_norm": norm}
