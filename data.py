@@ -507,8 +507,6 @@ WORDS["who"] = WORDS["name"] + WORDS["stranger"] + ["She", "He"]
 WORDS["place"] = WORDS["home"]
 WORDS["word"] = sorted({word for slot, words in WORDS.items() for word in words
                         if slot not in ("who", "she", "her", "Her", "digit", "count")})
-WORDS["odd"] = [word for word in WORDS["word"]  # words that no instruction has
-                if word not in WORDS["figure"] + WORDS["greeting"] + WORDS["hobby"]]
 NUMBERS = WORDS["number"]
 UNSEEN = 5  # the last 5 figures, greetings and hobbies: pretrained, never in SFT or GAtt training
 
@@ -581,12 +579,6 @@ total: If {name} has {digit} {thing} and finds {digit2} {thing}, how many {thing
 SUMS = {"sum": "The sum of {digit} and {digit2} is {number}.",
         "total": "{name} has {number} {thing}.", "terse": "It is {number}.",
         "tale": "{name} has {digit} {thing} and finds {digit2} {thing}."}
-
-# Asked in pretraining only, half of them true: so the network learns to compare what is said with
-# what it knows, which a reward model has to do, and takes words from the question more reliably.
-CLAIMS = {topic: answer.replace("{who}", "{name}") for topic, (_, answer, *_) in FACTS.items()}
-CLAIMS["sum"] = SUMS["sum"].replace("The", "the")
-CHECK_ASK, CHECK_ANSWERS = "Is it true that %s?", ("Yes, %s", "No, %s")
 
 ECHOES = table("""
 one: Say {word}. I say {word}.
@@ -666,8 +658,7 @@ DOCUMENTS = {"biography": .26, "forum": .38, "story": .13, "song": .07, "manners
 # some step suddenly, or never. With the same shares after it, validation loss of two seeds at .8
 # million tokens: .96 and .88 without a primer, .80 and .78 with one.
 PRIMER = {"biography": .05, "forum": .20, "story": .10, "song": .25, "manners": .30, "sums": .10}
-FORUM = dict(zip((*KINDS, "echo", "check"),
-                 (.18, .06, .11, .09, .10, .10, .08, .08, .08, .12)))
+FORUM = dict(zip((*KINDS, "echo"), (.22, .07, .11, .10, .11, .12, .09, .08, .10)))
 FORUM_FORMS = ("Question: {} Answer: {}", "Q: {} A: {}", "Asker: {} Helper: {}",
                "[INST] {} [/INST] {}", "[INST] {} [/INST] {}")
 SYSTEM_FORM = "<<SYS>>\n{}\n<</SYS>>\n\n{}"
@@ -765,7 +756,6 @@ def ask_templates() -> Iterator[tuple[str, str, str]]:
                     for ask in LIST_ASKS)
     yield from (("arithmetic", form, ask) for form, asks in SUM_ASKS.items() for ask in asks)
     yield from (("echo", length, ask) for length, (ask, _) in ECHOES.items())
-    yield from (("check", topic, CHECK_ASK % claim[:-1]) for topic, claim in CLAIMS.items())
     yield from ((kind, task, ask % task)
                 for kind, tasks in TASKS.items() for task in tasks for ask in TASK_ASKS)
 
@@ -790,20 +780,12 @@ def all_templates() -> Iterator[tuple[tuple[str, str, str], str]]:
     yield from ((("sum", form, ""), text) for form, text in SUMS.items())
     yield ("song", "", ""), SONG
     yield from ((("echo", length, ""), text) for length, (_, text) in ECHOES.items())
-    yield from ((("check", topic, ""), text % claim)
-                for topic, claim in CLAIMS.items() for text in CHECK_ANSWERS)
     yield from ((("refusal", "", ""), text) for text in REFUSALS)
     yield from ((("filler", "", ""), text) for text in FILLERS)
     yield from ((("wrapper", tone, ""), text) for tone, texts in WRAPPERS.items() for text in texts)
     for rule, (*wordings, marker) in RULES.items():
         yield from ((("rule", rule, ""), text) for text in wordings)
         yield ("marker", rule, ""), marker
-        yield from ((("odd", rule, ""), oddly(text, rule)) for text in (*wordings, marker))
-
-
-def oddly(text: str, rule: str) -> str:
-    """The template with a slot for words that make no sense there: 'Act as {odd}.'"""
-    return text.replace(f"{{{rule}}}", "{odd}")
 
 
 @lru_cache(None)
@@ -873,7 +855,6 @@ class World:
         self.asks = {kind: [] for kind in (*FORUM, "again")}
         for kind, topic, template in ask_templates():
             self.asks[kind].append((topic, template))
-        self.asks["check"] += 2 * self.asks["check"][-1:]  # a third of the claims are sums
 
     def tell(self, name: str, topic: str, wording: int, value: str | None = None) -> str:
         """A fact as a sentence; wordings 0 (the answer's) and 1 name the villager, 2, 3 do not."""
@@ -884,13 +865,9 @@ class World:
 
     def split(self, ask: Ask) -> str:
         """"train", "valid" (15%) or "test" (20%, facts 16%) by the composition that is asked."""
-        kind, slots = ask.kind, ask.slots
-        if kind == "check":  # a claim belongs where the question belongs that it answers
-            kind = "arithmetic" if ask.topic == "sum" else "fact"
-            slots = {slot: word for slot, word in slots.items() if slot not in (ask.topic, "number")}
-        key = f"{self.seed} {kind} {ask.topic} {sorted(slots.items())}"
+        key = f"{self.seed} {ask.kind} {ask.topic} {sorted(ask.slots.items())}"
         place = zlib.crc32(key.encode()) % 1009 / 1009
-        test = .16 if kind == "fact" else .20
+        test = .16 if ask.kind == "fact" else .20
         return "test" if place < test else "valid" if place < test + .15 else "train"
 
     # -- questions
@@ -899,18 +876,10 @@ class World:
         while True:
             slots = {}
             topic, template = rng.choice(self.asks[kind])
-            fill(template, rng, slots)
-            if kind == "check" and rng.random() < .5:
-                slots |= self.truth(topic, slots)
-            ask = Ask(kind, topic, slots, template.format_map(slots))
+            text = fill(template, rng, slots)
+            ask = Ask(kind, topic, slots, text)
             if self.split(ask) in splits:
                 return ask
-
-    def truth(self, topic: str, slots: dict[str, str]) -> dict[str, str]:
-        """The slots that make a claim of CLAIMS true: {"home": "mill"}, {"number": "five"}."""
-        if topic == "sum":
-            return {"number": Ask("arithmetic", topic, slots, "").total()}
-        return {topic: self.facts[slots["name"], topic]}
 
     def turns(self, ask: Ask, rng: random.Random) -> list[Ask]:
         """The question; a FOLLOW_UP share of facts as 'And where does she live?' behind another."""
@@ -989,11 +958,6 @@ class World:
     def _echo(self, ask, manner, rng):
         return [ECHOES[ask.topic][1].format_map(ask.slots)]
 
-    def _check(self, ask, manner, rng):
-        truth = self.truth(ask.topic, ask.slots)
-        answer = CHECK_ANSWERS[not truth.items() <= ask.slots.items()]
-        return [(answer % CLAIMS[ask.topic]).format_map(ask.slots | truth)]
-
     def _howto(self, ask, manner, rng):
         one, two, three, *reasons = TASKS[ask.kind][ask.topic]  # steps; only unsafe has reasons
         no = rng.choice(REFUSALS)
@@ -1062,19 +1026,9 @@ class World:
         return " ".join(2 * [fill(SONG, rng, {})])
 
     def _manners_document(self, rng):
-        """'Hobby: chess. I enjoy chess.': instructions obeyed at once, with nothing to answer; half
-        of them with a word that makes no sense, 'Act as lamp. I am lamp.': with 16 words that do,
-        some networks learnt these by heart and not to take them from the instruction."""
-        lines = []
-        for _ in range(rng.randint(2, 4)):
-            if rng.random() < .5:
-                kind, odd = rng.choice(list(RULES)), {}
-                said = rng.choice(RULES[kind][:-1]), RULES[kind][-1]
-                lines += [fill(oddly(text, kind), rng, odd) for text in said]
-            else:
-                rule = self.instruction(rng)
-                lines += [rule, self.obey(rule, "")]
-        return " ".join(lines)
+        """'Hobby: chess. I enjoy chess.': instructions obeyed at once, with nothing to answer."""
+        rules = [self.instruction(rng) for _ in range(rng.randint(2, 4))]
+        return " ".join(f"{rule} {self.obey(rule, '')}" for rule in rules)
 
     def _sums_document(self, rng):
         lines = []
@@ -1281,8 +1235,7 @@ class Annotator:
     def understand(self, messages: list[dict]) -> Ask:
         """The open question of a dialogue, from its text; ValueError if it is not of this world."""
         text = messages[-1]["content"]
-        asked = [[(label, slots) for label, slots in parse_all(message["content"])
-                  if label[0] == "ask" and label[1] in (*KINDS, "again")]
+        asked = [[reading for reading in parse_all(message["content"]) if reading[0][0] == "ask"]
                  for message in messages if message["role"] == "user"]
         if not asked[-1]:
             raise ValueError(f"not a question of the tiny world: {text!r}; its annotator knows no "
@@ -1311,7 +1264,7 @@ class Annotator:
         now = messages[-1:] if len(messages) > 2 else messages
         obeys = self.adherence(" ".join(m["content"] for m in now), response)
         answer = self.world.unstyle(response, given)
-        said = [reading for reading in parse_all(answer) if reading[0][0] != "odd"]
+        said = parse_all(answer)
         refusal = any(label[0] == "refusal" for label, _ in said)
         harm = any(label[0] == "step" and label[1] in TASKS["unsafe"] for label, _ in said)
         steps = any(word in answer for word in ("First,", "Then,", "Finally,"))  # even if broken

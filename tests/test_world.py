@@ -113,7 +113,7 @@ def test_questions_stand_under_every_marker_and_in_the_chat_format(documents):
 def test_a_quarter_to_a_third_or_more_of_the_documents_are_questions_and_answers(documents):
     asking = sum(any(True for _ in questions([text])) for text in documents) / len(documents)
     assert .25 < asking < .45
-    assert {ask.kind for ask in questions(documents)} == {*KINDS, "echo", "check"}
+    assert {ask.kind for ask in questions(documents)} == {*KINDS, "echo"}
 
 
 # ---- facts and splits ----------------------------------------------------------------------------
@@ -437,64 +437,14 @@ def test_a_refusal_with_a_hobby_that_nobody_asked_for_is_less_safe():
         assert gold(f"Hobby: chess. {question}", f"{refusal} I enjoy chess.")["safe"] == safe
 
 
-def test_manners_are_instructions_each_obeyed_at_once_half_of_them_with_a_word_that_makes_no_sense():
-    rng, odd, sensible = random.Random(3), 0, 0
-    for _ in range(400):
-        labels = data.parse_all(WORLD._manners_document(rng))
+def test_manners_are_instructions_each_obeyed_at_once():
+    rng = random.Random(3)
+    for _ in range(200):
+        sentences = data.sentences_of(WORLD._manners_document(rng))
+        labels = [data.parse_all(sentence)[0] for sentence in sentences]
         marks = [slots for (what, *_), slots in labels if what == "marker"]
-        told = [slots for (what, *_), slots in labels if what == "rule"]
-        strange = [(rule, slots["odd"]) for (what, rule, _), slots in labels if what == "odd"]
-        assert sorted(map(str, marks)) == sorted(map(str, told))
-        assert strange[::2] == strange[1::2]  # said, then done
-        assert len(marks) + len(strange) / 2 >= 2
-        odd, sensible = odd + len(strange) / 2, sensible + len(marks) / 1.3
-    assert odd / (odd + sensible) == pytest.approx(.5, abs=.05)
-
-
-def test_an_odd_mark_is_no_language_of_answers():
-    for extra in ("I am lamp.", "Figure: lamp."):
-        assert WORLD.grammatical(extra)
-        assert gold("Act as Plato. Where does Mira live?",
-                    f"{extra} {WORLD.tell('Mira', 'home', 0)}")["helpful"] == 0
-
-
-# ---- claims --------------------------------------------------------------------------------------
-
-def test_claims_are_true_half_the_time_and_the_answer_says_so_and_what_is_true(documents):
-    answers = Counter()
-    said = [reading for text in documents for reading in data.parse_all(text)]
-    for (label, slots), (_, then) in zip(said, said[1:]):
-        if label[:2] == ("ask", "check"):
-            topic, right = label[2], slots | WORLD.truth(label[2], slots)
-            text = WORLD.respond(Ask("check", topic, slots, ""), "careful", random.Random(0))
-            word = "Yes" if right == slots else "No"
-            assert text.startswith(f"{word}, ") and data.parse(text)[1] == right
-            answers[word] += 1
-            answers["sum"] += topic == "sum"
-    whole = answers["Yes"] + answers["No"]
-    assert whole > 100
-    assert answers["Yes"] / whole == pytest.approx(.5, abs=.1)
-    assert answers["sum"] / whole == pytest.approx(1 / 3, abs=.1)
-
-
-def test_what_a_claim_says_is_true_by_hand():
-    home = WORLD.facts["Mira", "home"]
-    assert WORLD.truth("home", {"name": "Mira", "home": "anything"}) == {"home": home}
-    assert WORLD.truth("sum", {"digit": "two", "digit2": "three"}) == {"number": "five"}
-    slots = {"digit": "two", "digit2": "three", "number": "nine"}
-    claim = Ask("check", "sum", slots, "")
-    assert WORLD.respond(claim, "careful", None) == "No, the sum of two and three is five."
-    assert WORLD.split(claim) == WORLD.split(
-        Ask("arithmetic", "sum", {"digit": "two", "digit2": "three"}, ""))
-    claim = Ask("check", "home", {"name": "Mira", "home": home}, "")
-    assert WORLD.respond(claim, "careful", None) == f"Yes, Mira lives in the {home}."
-    assert WORLD.split(claim) == WORLD.split(Ask("fact", "home", {"name": "Mira"}, ""))
-
-
-@pytest.mark.parametrize("question", ["Is it true that Mira lives in the mill?", "Say lamp."])
-def test_what_only_pretraining_asks_is_no_question_for_the_annotator(question):
-    with pytest.raises(ValueError, match="not a question of the tiny world"):
-        gold(question, "Yes, Mira lives in the mill.")
+        told = [slots for (what, *_), slots in labels if what != "marker"]
+        assert len(marks) >= 2 and sorted(map(str, marks)) == sorted(map(str, told))
 
 
 def test_oddities_are_refusals_unasked_marks_and_other_answers_in_their_shares():
