@@ -80,7 +80,7 @@ class Config:
 PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096, "train": "all"}
 TEMPERATURE = 0.7  # of the answers that are learnt; UNSPECIFIED in L2
 LOG_EVERY = 5  # steps between two lines on the screen and in out/gatt.jsonl
-EVAL_TURNS = 12  # or as many as fit the context; paper: 20 (Table 30)
+EVAL_TURNS = 10  # or as many as fit the context; paper: 20 (Table 30)
 ROOM = 32  # tokens that every test dialogue must have left for its next answer
 BIN = 8  # neighbouring tokens that are drawn as one (Fig. 10)
 
