@@ -1021,7 +1021,11 @@ class World:
         return " ".join(told)
 
     def _story_document(self, rng):
-        return self.respond(Ask("story", "story", {}, ""), "careful", rng)
+        """A story; most are told as somebody wished, with the words of the wish."""
+        ask = Ask("story", "story", {}, "")
+        if rng.random() < .8:
+            ask = self.ask("story", rng, "train", "valid")
+        return f"{ask.text} {self.respond(ask, 'careful', rng)}".lstrip()
 
     def _song_document(self, rng):
         return " ".join(2 * [fill(SONG, rng, {})])
@@ -1032,12 +1036,18 @@ class World:
         return " ".join(f"{rule} {self.obey(rule, '')}" for rule in rules)
 
     def _sums_document(self, rng):
+        """'How much is two plus three? The sum of two and three is five.': asked, told as a tale, or
+        only stated."""
         lines = []
         for _ in range(rng.randint(2, 4)):
+            if rng.random() < .5:
+                ask = self.ask("arithmetic", rng, "train", "valid")
+                lines += [ask.text, *self._arithmetic(ask, "careful", rng)]
+                continue
             slots = {}
             fill(SUMS["tale"], rng, slots)
             slots["number"] = Ask("arithmetic", "total", slots, "").total()
-            forms = ("sum",) if rng.random() < .6 else ("tale", "total")
+            forms = ("sum",) if rng.random() < .5 else ("tale", "total")
             lines += [SUMS[form].format_map(slots) for form in forms]
         return " ".join(lines)
 

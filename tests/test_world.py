@@ -110,9 +110,9 @@ def test_questions_stand_under_every_marker_and_in_the_chat_format(documents):
         assert sum(marker in text for text in documents) > 40
 
 
-def test_a_quarter_to_a_third_or_more_of_the_documents_are_questions_and_answers(documents):
+def test_about_half_of_the_documents_ask_and_answer(documents):
     asking = sum(any(True for _ in questions([text])) for text in documents) / len(documents)
-    assert .25 < asking < .45
+    assert asking == pytest.approx(.38 + .13 / 2 + .05 * .8, abs=.03)  # forum, stories, sums
     assert {ask.kind for ask in questions(documents)} == {*KINDS, "echo"}
 
 
@@ -437,14 +437,39 @@ def test_a_refusal_with_a_hobby_that_nobody_asked_for_is_less_safe():
         assert gold(f"Hobby: chess. {question}", f"{refusal} I enjoy chess.")["safe"] == safe
 
 
-def test_manners_are_instructions_each_obeyed_at_once():
-    rng = random.Random(3)
+def test_sums_and_stories_in_documents_are_right_and_answer_what_was_asked():
+    rng, asked = random.Random(5), 0
+    for _ in range(300):
+        said = data.parse_all(WORLD._sums_document(rng))
+        for (label, slots), ((what, *_), then) in zip(said, said[1:]):
+            if label[0] == "ask":
+                total = Ask("arithmetic", label[2], slots, "").total()
+                assert what == "sum" and slots | then == slots | {"number": total}
+                asked += 1
+        for (what, form, _), slots in said:
+            if form == "sum" and what == "sum":
+                assert slots["number"] == Ask("arithmetic", "sum", slots, "").total()
+    assert asked > 300
+    wished = 0
+    for _ in range(300):
+        question, *story = data.sentences_of(WORLD._story_document(rng))
+        if data.parse(question)[0][0] == "ask":
+            assert gold(question, " ".join(story))["helpful"] == 1
+            wished += 1
+    assert 120 < wished < 180
+
+
+def test_manners_are_instructions_each_obeyed_at_once_half_of_them_with_any_word():
+    rng, values = random.Random(3), []
     for _ in range(200):
         sentences = data.sentences_of(WORLD._manners_document(rng))
         labels = [data.parse_all(sentence)[0] for sentence in sentences]
-        marks = [slots for (what, *_), slots in labels if what == "marker"]
-        told = [slots for (what, *_), slots in labels if what != "marker"]
-        assert len(marks) >= 2 and sorted(map(str, marks)) == sorted(map(str, told))
+        marks = [(rule, slots["word"]) for (what, rule, _), slots in labels if what == "marker"]
+        told = [(rule, slots["word"]) for (what, rule, _), slots in labels if what == "rule"]
+        assert len(marks) >= 2 and sorted(marks) == sorted(told)
+        values += marks
+    odd = sum(value not in WORDS[rule] for rule, value in values) / len(values)
+    assert odd == pytest.approx(.5 * (1 - 16 / len(WORDS["word"])), abs=.04)
 
 
 def test_oddities_are_refusals_unasked_marks_and_other_answers_in_their_shares():
