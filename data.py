@@ -586,7 +586,8 @@ two: Say {word} and {word2}. I say {word} and {word2}.
 three: Say {word}, {word2} and {word3}. I say {word}, {word2} and {word3}.
 """)  # asked in pretraining only; any word may have to be said
 # The verse comes twice: from such songs a small model learns to copy any word; then every answer
-# that has to take a word from the question (without them not within 1.2 million tokens).
+# that has to take a word from the question (of an earlier text, without them, not within 1.2
+# million tokens).
 SONG = "Sing " + " ".join(f"{{word{i}}}" for i in range(2, 7)) + "."
 
 TASK_ASKS = ("How do I %s?", "How can I %s?", "Tell me how to %s.")
@@ -655,7 +656,7 @@ SPLITS = ("train", "valid", "test")
 DOCUMENTS = {"biography": .26, "forum": .38, "story": .13, "song": .07, "manners": .11, "sums": .05}
 # The first part of pretraining drills taking a word from the text, which a small network learns at
 # some step suddenly, or never. With the same shares after it, validation loss of two seeds at .8
-# million tokens: .96 and .88 without a primer, .80 and .78 with one.
+# million tokens of an earlier text: .96 and .88 without a primer, .80 and .78 with one.
 PRIMER = {"biography": .05, "forum": .20, "story": .10, "song": .25, "manners": .30, "sums": .10}
 FORUM = dict(zip((*KINDS, "echo"), (.22, .07, .11, .10, .11, .12, .09, .08, .10)))
 FORUM_FORMS = ("Question: {} Answer: {}", "Q: {} A: {}", "Asker: {} Helper: {}",
@@ -973,10 +974,14 @@ class World:
 
     # -- standing instructions, for Ghost Attention
     def instruction(self, rng: random.Random, split: str = "all") -> str:
-        """'Act as Plato. Hobby: chess.': one rule, 30% two, half of them terse; the values of split
-        "seen", "unseen" or "all". Of "odd" ones half is any word, 'Act as lamp.': where all have
-        one of 16 values, a small network may learn these, and not to take the word that is there."""
-        cut = {"seen": slice(-UNSEEN), "unseen": slice(-UNSEEN, None)}.get(split, slice(None))
+        """'Act as Plato. Hobby: chess.': one rule, 30% two, half of them terse.
+
+        split: "seen", "unseen" or "all" values; "odd": half of the values are any word, 'Act as
+        lamp.'. With 16 values a rule, a small network may learn these by heart instead of copying
+        the word that stands there.
+        """
+        cut = {"all": slice(None), "odd": slice(None), "seen": slice(-UNSEEN),
+               "unseen": slice(-UNSEEN, None)}[split]
         said = []
         for rule in rng.sample(list(RULES), 2 if rng.random() < .3 else 1):
             wording = RULES[rule][2] if rng.random() < .5 else rng.choice(RULES[rule][:2])
@@ -1008,7 +1013,7 @@ class World:
     # -- pretraining
     def documents(self, n: int, seed: int, shares: dict[str, float] = DOCUMENTS) -> Iterator[str]:
         """n documents, a paragraph each, in these shares. Biographies state every fact equally
-        often; the forum asks train and valid compositions of every kind."""
+        often; the forum asks questions of every kind, all of train and valid compositions."""
         rng = random.Random(f"documents {self.seed} {seed}")
         for kind in rng.choices(list(shares), shares.values(), k=n):
             yield getattr(self, f"_{kind}_document")(rng)
@@ -1021,7 +1026,7 @@ class World:
         return " ".join(told)
 
     def _story_document(self, rng):
-        """A story; most are told as somebody wished, with the words of the wish."""
+        """'Write a story about Ida and Ada. Long ago Ida ...': four of five answer a question."""
         ask = Ask("story", "story", {}, "")
         if rng.random() < .8:
             ask = self.ask("story", rng, "train", "valid")
@@ -1036,8 +1041,8 @@ class World:
         return " ".join(f"{rule} {self.obey(rule, '')}" for rule in rules)
 
     def _sums_document(self, rng):
-        """'How much is two plus three? The sum of two and three is five.': asked, told as a tale, or
-        only stated."""
+        """'How much is two plus three? The sum of two and three is five.': half of them asked, the
+        others told as a tale or only stated."""
         lines = []
         for _ in range(rng.randint(2, 4)):
             if rng.random() < .5:

@@ -683,7 +683,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
 
 # Flags that may change between a run and its --resume without changing what is learnt.
 FREE_FLAGS = {"resume", "out", "device", "kernels", "recompute", "compile", "micro_batch", "tp",
-              "save_every", "log_every", "evaluate_every", "figure", "dry_run"}
+              "save_every", "log_every", "evaluate_every", "dry_run"}
 
 
 def check_resume(saved: dict, cfg, tokenizer: bytes) -> None:

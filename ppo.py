@@ -544,7 +544,7 @@ def refresh_rewards(number: int, newest, previous, folder: Path, at: Places) -> 
                  *sorted(out.glob("preferences_*_test.jsonl"))]
         command = [sys.executable, str(Path(__file__).with_name("reward.py")), "--data",
                    ",".join(map(str, files)), "--resume-from", str(folder), "--out",
-                   str(home), "--device", cfg.device, "--kernels", cfg.kernels, "--no-figure"]
+                   str(home), "--device", cfg.device, "--kernels", cfg.kernels]
         # the child is no rank of ours
         alone = {k: v for k, v in os.environ.items() if "RANK" not in k and k != "WORLD_SIZE"}
         done = subprocess.run(command, capture_output=True, text=True, env=alone)

@@ -12,7 +12,7 @@ run : python pretrain.py                                  about 3 minutes on two
       python pretrain.py --data book.txt --minutes 3      your own text; prints bits per byte
       torchrun --nproc-per-node 8 pretrain.py --model 7b --data wiki=2,web    token shards
 
-Expect .63 to .72 nats per token, facts known, and nine of ten sampled sentences grammatical.
+Expect .67 to .75 nats per token, facts known, and nine of ten sampled sentences grammatical.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 

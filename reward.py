@@ -64,7 +64,6 @@ class Config:
     resume_from: str | None = None  # folder of reward models to start from, not the chat model
     sweep: bool = False  # also: accuracy by number of pairs and of layers (Fig. 6)
     ablate: bool = False  # also: other margins, no auxiliary loss (Tables 28, 29)
-    figure: bool = True  # draw OUT/figures/reward.png at the end
     skip_bad_rows: bool = False  # count and skip rows of --data that are wrong
     recompute: bool = False  # recompute activations in the backward pass: less memory
     tp: int = 1  # tensor-parallel ranks, under torchrun
@@ -673,9 +672,8 @@ def main(cfg: Config) -> dict:
     extra = {"studies": studies(train, tests, cfg, world, config.n_layers)}
     if world.is_main:
         M.summarize("reward", out, reports | extra | {"minutes": (time.time() - began) / 60})
-        wrote = [f"{out}/reward_{which}.pt" for which in reports]
-        wrote += [str(draw(reports, out))] if cfg.figure else []
-        print(f"wrote {', '.join(wrote)}; next: python ppo.py")
+        print(f"wrote {', '.join(f'{out}/reward_{which}.pt' for which in reports)} and "
+              f"{draw(reports, out)}; next: python ppo.py")
     scale.remove_state(state, world)
     scale.finish(world)
     return reports

@@ -25,11 +25,11 @@ Why C is faster than PyTorch on a CPU, though both spend their time in matrix pr
    forward pass leaves them to the backward pass in the form that its products read.
 5. Generating, a step of PyTorch is some 150 small operations, each 1 to 15 us before it computes
    anything. Here all steps of all rows are one call.
-6. Matrix products multiply bfloat16 where the processor has a fast instruction for it (AVX512-BF16:
-   twice as many multiply-adds per instruction as float32, half the bytes; not Intel's, which takes
-   more than twice as long). Everything that is added up, kept or handed to PyTorch stays float32:
-   sums of products, the residual stream, norms, softmax, gradients, weights. LLAMA_PRODUCTS=float32
-   or bfloat16 decides otherwise; without the instruction bfloat16 is no faster than float32.
+6. Matrix products multiply bfloat16 where that is faster: with AVX512-BF16 (twice as many
+   multiply-adds per instruction as float32, half the bytes) but without AMX (Intel's processors,
+   where that instruction is slow). Everything that is added up, kept or handed to PyTorch stays
+   float32: sums of products, the residual stream, norms, softmax, gradients, weights.
+   LLAMA_PRODUCTS=float32 or bfloat16 decides otherwise.
 
 Measured, a training step (forward, loss, backward) of dim 128, 4 layers, 4 heads, 2 kv heads, FFN
 352, vocabulary 1024, 256 tokens a sequence, on one core of a Zen 3 EPYC (AVX2, no bfloat16), in

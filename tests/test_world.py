@@ -112,7 +112,7 @@ def test_questions_stand_under_every_marker_and_in_the_chat_format(documents):
 
 def test_about_half_of_the_documents_ask_and_answer(documents):
     asking = sum(any(True for _ in questions([text])) for text in documents) / len(documents)
-    assert asking == pytest.approx(.38 + .13 / 2 + .05 * .8, abs=.03)  # forum, stories, sums
+    assert asking == pytest.approx(.38 + .13 * .8 + .05 * .85, abs=.03)  # forum, stories, sums
     assert {ask.kind for ask in questions(documents)} == {*KINDS, "echo"}
 
 
@@ -446,6 +446,8 @@ def test_sums_and_stories_in_documents_are_right_and_answer_what_was_asked():
                 total = Ask("arithmetic", label[2], slots, "").total()
                 assert what == "sum" and slots | then == slots | {"number": total}
                 asked += 1
+            if label == ("sum", "tale", ""):
+                assert then["number"] == Ask("arithmetic", "total", slots, "").total()
         for (what, form, _), slots in said:
             if form == "sum" and what == "sum":
                 assert slots["number"] == Ask("arithmetic", "sum", slots, "").total()
@@ -456,7 +458,7 @@ def test_sums_and_stories_in_documents_are_right_and_answer_what_was_asked():
         if data.parse(question)[0][0] == "ask":
             assert gold(question, " ".join(story))["helpful"] == 1
             wished += 1
-    assert 120 < wished < 180
+    assert 215 < wished < 265  # .8 of 300
 
 
 def test_manners_are_instructions_each_obeyed_at_once_half_of_them_with_any_word():
