@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -354,9 +355,9 @@ def session(out, tmp_path_factory):
         os.execve(sys.executable, [sys.executable, "chat.py", "--out", str(out), "--temperature",
                                    "0", "--max-new-tokens", "100000"], env)
 
-    def until(text: bytes) -> bytes:
-        seen, end = b"", time.time() + 60
-        while text not in seen and time.time() < end:
+    def until(pattern: bytes, seconds: float = 60) -> bytes:
+        seen, end = b"", time.time() + seconds
+        while not re.search(pattern, seen, re.DOTALL) and time.time() < end:
             if select.select([terminal], [], [], 0.1)[0]:
                 try:
                     seen += os.read(terminal, 4096)
@@ -369,11 +370,15 @@ def session(out, tmp_path_factory):
         return until(wait).decode()
 
     shown = {"start": until(b"you> ").decode(), "hi": do("hi\n"), "stage": do("/stage pretrain\n")}
-    shown["endless"] = do("Hello\n", wait=b"\r\n") + do("", wait=b" ")  # its own line, then a word
+    shown["endless"] = do("Hello\n", wait=b"\r\n.* ")  # its own line, then a word
     shown["ctrl-c"] = do("\x03")
-    # the prompt may be drawn again with the keys: only one on a line of its own is the next
-    shown["begun"] = do("half a line", wait=b"half a line") + do("\x03", wait=b"\n")
-    shown["begun"] += until(b"you> ").decode()
+    shown["begun"] = do("half a line", wait=b"half a line")
+    for _ in range(20):  # one that comes just before Python waits for keys is seen with the next key
+        os.write(terminal, b"\x03")
+        # the prompt may be drawn again with the keys: only one on a line of its own is the next
+        if answer := until(b"\n.*you> ", seconds=3):
+            break
+    shown["begun"] += answer.decode()
     shown["after"] = do("/stage sft\n")
     shown["up"] = do("\x1b[A\n")  # arrow up, enter: the last line again
     shown["ctrl-d"] = do("\x04", wait=b"nothing: read to the end")
