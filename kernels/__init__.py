@@ -27,7 +27,7 @@ Why C is faster than PyTorch on a CPU, though both spend their time in matrix pr
    anything. Here all steps of all rows are one call.
 6. Matrix products multiply bfloat16 where that is faster: with AVX512-BF16 (twice as many
    multiply-adds per instruction as float32, half the bytes) but without AMX (Intel's processors,
-   where that instruction is slow). Everything that is added up, kept or handed to PyTorch stays
+   where float32 was faster: build.py). Everything that is added up, kept or handed to PyTorch stays
    float32: sums of products, the residual stream, norms, softmax, gradients, weights.
    LLAMA_PRODUCTS=float32 or bfloat16 decides otherwise.
 

@@ -373,7 +373,7 @@ def session(out, tmp_path_factory):
     shown["endless"] = do("Hello\n", wait=b"\r\n.* ")  # its own line, then a word
     shown["ctrl-c"] = do("\x03")
     shown["begun"] = do("half a line", wait=b"half a line")
-    for _ in range(20):  # one that comes just before Python waits for keys is seen with the next key
+    for _ in range(20):  # Ctrl-C just before Python waits for keys is seen with the next key
         os.write(terminal, b"\x03")
         # the prompt may be drawn again with the keys: only one on a line of its own is the next
         if answer := until(b"\n.*you> ", seconds=3):

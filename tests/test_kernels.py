@@ -479,7 +479,8 @@ def test_rollouts_refuse_what_model_rollout_refuses():
 
 
 @pytest.mark.parametrize(("macros", "products"), [
-    ("", "float32"), ("#define __AVX512BF16__ 1", "bfloat16"), ("#define __AMX_TILE__ 1", "float32"),
+    ("", "float32"), ("#define __AMX_TILE__ 1", "float32"),
+    ("#define __AVX512BF16__ 1", "bfloat16"),
     ("#define __AMX_TILE__ 1\n#define __AVX512BF16__ 1", "float32")])
 def test_bfloat16_is_for_processors_that_are_fast_at_it(monkeypatch, macros, products):
     monkeypatch.setattr(build, "find_compiler", lambda: (["cc"], macros))

@@ -461,6 +461,15 @@ def test_sums_and_stories_in_documents_are_right_and_answer_what_was_asked():
     assert 215 < wished < 265  # .8 of 300
 
 
+def test_half_of_the_values_in_the_forums_instructions_are_any_word(documents):
+    values = [(rule, slots["word"]) for text in documents if "I am " in text or "I say " in text
+              for (what, rule, _), slots in data.parse_all(text) if what == "rule"
+              and any(kind == "ask" for (kind, *_), _ in data.parse_all(text))]
+    odd = sum(value not in WORDS[rule] for rule, value in values) / len(values)
+    assert len(values) > 300
+    assert odd == pytest.approx(.5 * (1 - 16 / len(WORDS["word"])), abs=.06)
+
+
 def test_manners_are_instructions_each_obeyed_at_once_half_of_them_with_any_word():
     rng, values = random.Random(3), []
     for _ in range(200):
