@@ -512,14 +512,15 @@ UNSEEN = 5  # the last 5 figures, greetings and hobbies: pretrained, never in SF
 
 
 # ---- templates, a row each: 'key: sentence sentence ...'
-def sentences_of(text: str) -> list[str]:
+@lru_cache(1 << 16)  # the annotator looks at an answer several times
+def sentences_of(text: str) -> tuple[str, ...]:
     """The sentences of a text without forum markers and chat tags; an unfinished one stays last."""
     text = re.sub(r"\b(Question|Answer|Q|A|Asker|Helper):|\[/?INST\]|<</?SYS>>", " ", text)
-    return re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if text.strip() else []
+    return tuple(re.split(r"(?<=[.!?])\s+", " ".join(text.split()))) if text.strip() else ()
 
 
-def table(text: str) -> dict[str, list[str]]:
-    """Rows 'key: sentence sentence' -> {key: [sentence, sentence]}."""
+def table(text: str) -> dict[str, tuple[str, ...]]:
+    """Rows 'key: sentence sentence' -> {key: (sentence, sentence)}."""
     return {key: sentences_of(row) for key, row in rows_of(text).items()}
 
 

@@ -53,19 +53,19 @@ class Config:
     instructions: str | None = None  # .jsonl, see read_instructions; goes with --data
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of questions, instructions, sampling and order
-    dialogues: int = 1200  # dialogues under an instruction; UNSPECIFIED in L2
+    dialogues: int = 900  # dialogues under an instruction; UNSPECIFIED in L2
     turns: int = 12  # questions of the longest; the paper's hold for 20 and more (§A.3.5)
     tries: int = 3  # samples until one obeys; paper: 1 (§3.3)
     replay: int = 1000  # ordinary prompts whose answers are learnt too; paper: 0 (§3.3)
     train: Literal["attention", "all"] = "attention"  # weights; from 7b on all, as in SFT (§3.3)
     epochs: int = 3  # passes over all examples; UNSPECIFIED in L2 (SFT: 2)
-    batch_size: int = 8  # packed rows per step, over all ranks; UNSPECIFIED in L2
+    batch_size: int = 4  # packed rows per step, over all ranks; UNSPECIFIED in L2
     micro_batch: int = 16  # rows per rank and forward pass; smaller needs less memory
     seq_len: int = 512  # tokens per packed row; paper: 4096 (§A.3.5)
     max_new_tokens: int = 80  # tokens of an answer
     lr: float = 0  # peak of the cosine; 0: by the model's width; UNSPECIFIED in L2
     eval_prompts: int = 200  # test dialogues per curve, and prompts of each kind for other skills
-    save_every: int = 25  # steps between resume states
+    save_every: int = 50  # steps between resume states
     resume: bool = False  # continue from out/gatt.state.pt if it is there
     skip_bad_rows: bool = False  # count and skip rows of the two files that are wrong
     show_batch: bool = False  # print one batch, loss in green and no loss in grey, and stop
@@ -211,11 +211,14 @@ def own_files(cfg: Config) -> dict:
             "unseen": draw.choices(unseen, k=cfg.eval_prompts)}
 
 
-def answers_to(model, tokenizer, cfg: Config, dialogs: list, temperature=1.0, seed=0):
-    """(texts, share that ended with EOS): one answer to each open dialogue, fit to be history."""
+def answers_to(model, tokenizer, cfg: Config, dialogs: list, temperature=1.0, seed=0, **rows):
+    """(texts, share that ended with EOS): one answer to each open dialogue, fit to be history.
+
+    rows: `kernels.rollout`'s row_ids and memory.
+    """
     prompts = [data.encode_dialog(tokenizer, messages)[0] for messages in dialogs]
     tokens, _ = scale.rollout(model, prompts, cfg.max_new_tokens, temperature=temperature,
-                                seed=seed, stop=tokenizer.eos_id)
+                                seed=seed, stop=tokenizer.eos_id, **rows)
     ended = sum(row[-1] == tokenizer.eos_id for row in tokens) / len(tokens)
     return [data.break_tags(tokenizer.decode(row).strip()) for row in tokens], ended
 
@@ -315,6 +318,7 @@ def converse(model, tokenizer, cfg: Config, rows, questions, place) -> tuple[lis
     has no ROOM in the context; ends after EVAL_TURNS, or when fewer than half are left.
     """
     talks, held, alive = [[] for _ in rows], [], list(range(len(rows)))
+    memory = kernels.Memory()
     for turn in range(EVAL_TURNS):
         opened = {i: [*talks[i], {"role": "user", "content": questions[i][turn]}] for i in alive}
         asked = {i: place(rows[i]["instruction"], talk) for i, talk in opened.items()}
@@ -322,7 +326,8 @@ def converse(model, tokenizer, cfg: Config, rows, questions, place) -> tuple[lis
                  <= model.config.max_seq_len]
         if 2 * len(alive) < len(rows) or not alive:
             break
-        answers, _ = answers_to(model, tokenizer, cfg, [asked[i] for i in alive], seed=turn)
+        answers, _ = answers_to(model, tokenizer, cfg, [asked[i] for i in alive], seed=turn,
+                                row_ids=alive, memory=memory)
         held.append(sum(obeys(rows[i], text) for i, text in zip(alive, answers)) / len(alive))
         for i, text in zip(alive, answers):
             talks[i] = [*opened[i], {"role": "assistant", "content": text}]

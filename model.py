@@ -18,8 +18,8 @@ Differs from the paper: the network not at all. Initialisation is unspecified th
 
 from __future__ import annotations
 
-import argparse, contextlib, dataclasses, difflib, functools, inspect, json, math, os, pickle
-import signal, sys, time, typing, zlib
+import argparse, contextlib, dataclasses, difflib, functools, gc, inspect, json, math, os
+import pickle, signal, sys, time, typing, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -779,6 +779,7 @@ def run(main, Config) -> None:
         return
     try:
         main(cli(Config))
+        gc.freeze()  # at exit Python would look through all that the imports made: a second
     except BrokenPipeError:  # `... | head` closed the pipe: nobody is reading any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as e:  # one line, even if a file's content stands in the message

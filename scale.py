@@ -351,15 +351,16 @@ def unsharded(model, world: World):
 
 
 def rollout(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-            seed: int = 0, stop: int | None = None, row_ids=None):
+            seed: int = 0, stop: int | None = None, row_ids=None, memory=None):
     """`kernels.rollout`, its rows shared out among the dp ranks; every rank gets all of them.
 
-    A row draws by its id, so the answers are those of a single process.
+    A row draws by its id, so the answers are those of a single process. Ranks keep no memory.
     """
     world = world_of(model)
     options = dict(temperature=temperature, top_p=top_p, seed=seed, stop=stop)
     if world.mesh is None:
-        return kernels.rollout(model, prompts, max_new_tokens, row_ids=row_ids, **options)
+        return kernels.rollout(model, prompts, max_new_tokens, row_ids=row_ids, memory=memory,
+                               **options)
     ids = list(range(len(prompts)) if row_ids is None else row_ids)
     mine, found = range(world.dp_rank, len(prompts), world.dp), ([], [])
     with unsharded(model, world):

@@ -46,9 +46,9 @@ class Config:
     data: str | None = None  # .jsonl of dialogues; none: demonstrations of the tiny world
     out: str = "out"  # folder of checkpoints, metrics and figures
     seed: int = 0  # of the demonstrations and of their order
-    dialogues: int = 6000  # demonstrations drawn from the tiny world; paper: 27,540 (§3.1)
+    dialogues: int = 4500  # demonstrations drawn from the tiny world; paper: 27,540 (§3.1)
     epochs: int = 2  # passes over the dialogues; paper: 2 (§3.1)
-    batch_size: int = 8  # packed rows per step, over all ranks; paper: 64 (§3.1)
+    batch_size: int = 4  # packed rows per step, over all ranks; paper: 64 (§3.1)
     micro_batch: int = 16  # rows per rank and forward pass; smaller needs less memory
     seq_len: int = 512  # tokens per packed row, at most the model's context; paper: 4096 (§3.1)
     lr: float = 0  # peak of the cosine; 0: by the model's width; paper: 2e-5 (§3.1)

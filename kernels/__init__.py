@@ -59,6 +59,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import native
 from kernels.build import PRODUCTS, fastest_products
+from kernels.native import Memory
 from model import check_prompts, logprobs
 from model import rollout as torch_rollout
 
@@ -210,16 +211,17 @@ def _compiled(function):
 
 
 def rollout(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-            seed: int = 0, stop: int | None = None,
-            row_ids=None) -> tuple[list[list[int]], list[list[float]]]:
+            seed: int = 0, stop: int | None = None, row_ids=None,
+            memory: Memory | None = None) -> tuple[list[list[int]], list[list[float]]]:
     """Answer all prompts: (tokens, logprobs), a list per row, the stop token included.
 
-    Same contract and same random numbers as `model.rollout`, which is the PyTorch path.
+    Same contract and same random numbers as `model.rollout`, which is the PyTorch path. memory, a
+    `Memory()` given to each rollout of a dialogue: C reads only what is new since the last.
     """
     if not model.config.scalar_head and _use_c(model.parameters()):
         check_prompts(prompts, model.config)
         return native.rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop,
-                              row_ids)
+                              row_ids, memory)
     return torch_rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids)
 
 

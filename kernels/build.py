@@ -38,12 +38,13 @@ SIGNATURES = {
     "trunk_backward": "piipppppppppnn",
     "head_forward": "iiippppfpppn",
     "head_backward": "iiippppfpppppn",
-    "rollout": "ppppiiipppffiipppn",
+    "rollout": "ppppiiippppppffiipppn",
     "quantise": "pipn",
     "generate": "piipifffiippn",
     "self_test": "",
 }
-SIZES = {"saved_size": "pi", "kept_size": "ii", "packed_bytes": "iii", "cache_numbers": "pi"}
+SIZES = {"saved_size": "pi", "kept_size": "ii", "row_cache_size": "pi", "packed_bytes": "iii",
+         "cache_numbers": "pi"}
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float, "n": ctypes.c_int}
 
 

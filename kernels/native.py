@@ -121,6 +121,7 @@ def _threads(work: int) -> int:
 
 _spare: list[Tensor] = []  # buffers of activations that the last steps gave back: the operating
 SPARE = 3                  # system clears new memory page by page, 5% of a step
+MEMORY = 1 << 29           # numbers that a Memory may hold; rows that need more do without
 LOGITS_KEPT = 1 << 27      # logits (N, V) kept for the backward pass; more are computed again
 
 
@@ -251,12 +252,53 @@ def token_logprobs(hidden, output_weight, targets, chosen, temperature) -> Tenso
 # -------------------------------------------------------------------------------- rollout
 
 
-def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids):
+class Memory:
+    """Keys and values of what the rows of a dialogue have read, kept from one rollout to the next.
+
+    The rows are those of the first rollout that gets it, by their ids; the weights must stay.
+    """
+
+    def __init__(self):
+        self.cache, self.read = None, {}  # (rows, row_cache_size); {row id: (place, tokens)}
+
+    def recall(self, ids: list[int], prompts, size: int) -> list[tuple[int, int]]:
+        """(tokens of the prompt whose keys are in the cache, place there) of each row.
+
+        Below half of a prompt it is 0: many new tokens are faster in matrix form.
+        """
+        if self.cache is None and len(ids) * size <= MEMORY:
+            self.read = {row: (place, []) for place, row in enumerate(ids)}
+            self.cache = torch.empty(len(ids), size)
+        if self.cache is None:
+            return [(0, 0)] * len(ids)
+        if len(set(ids)) < len(ids) or not self.read.keys() >= set(ids):
+            raise ValueError(f"row_ids {ids[:9]}...: a memory wants different rows, all of them "
+                             f"among the {len(self.read)} of its first rollout")
+        found = []
+        for row, prompt in zip(ids, prompts):
+            place, tokens = self.read[row]
+            same = next((i for i, (old, new) in enumerate(zip(tokens, prompt)) if old != new),
+                        len(tokens))
+            known = min(same, len(prompt) - 1)  # the last token takes its step
+            found.append((known if 2 * known >= len(prompt) else 0, place))
+        return found
+
+    def keep(self, ids: list[int], prompts, answers: list[list[int]]) -> None:
+        """After a rollout: the last token of an answer has not been read."""
+        if self.cache is not None:
+            for row, prompt, answer in zip(ids, prompts, answers):
+                self.read[row] = self.read[row][0], [*prompt, *answer][:-1]
+
+
+def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids, memory):
     """`kernels.rollout` in C; prompts have been checked."""
     B, c = len(prompts), model.config
     ids = torch.tensor(list(row_ids) if row_ids is not None else range(B))
     if len(ids) != B:
         raise ValueError(f"{len(ids)} row_ids given for {B} prompts: one per prompt")
+    size = library().row_cache_size(ctypes.byref(_shape(c)), c.max_seq_len)
+    found = memory.recall(ids.tolist(), prompts, size) if memory else [(0, 0)] * B
+    known, places = torch.tensor(found).t().contiguous()
     flat = torch.tensor([token for prompt in prompts for token in prompt])
     starts = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)  # (B + 1,)
     longest = int((starts[1:] - starts[:-1]).max())
@@ -268,10 +310,12 @@ def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_
     weights = [*trunk_weights(model), model.tok_embeddings.weight, model.output.weight]
     _check(library().rollout(
         ctypes.byref(_shape(c)), _pointers(weights), cos.data_ptr(), sin.data_ptr(), B,
-        c.max_seq_len, room, flat.data_ptr(), starts.data_ptr(), ids.data_ptr(),
-        float(temperature), float(top_p), ctypes.c_int64(seed).value,
-        -1 if stop is None else stop, tokens.data_ptr(), logps.data_ptr(), counts.data_ptr(),
-        _threads(B)))
+        c.max_seq_len, room, flat.data_ptr(), starts.data_ptr(), ids.data_ptr(), known.data_ptr(),
+        places.data_ptr(), _pointer(memory.cache if memory else None), float(temperature),
+        float(top_p), ctypes.c_int64(seed).value, -1 if stop is None else stop, tokens.data_ptr(),
+        logps.data_ptr(), counts.data_ptr(), _threads(B)))
     rows = counts.tolist()
-    return ([t[:n] for t, n in zip(tokens.tolist(), rows)],
-            [p[:n] for p, n in zip(logps.tolist(), rows)])
+    answers = [t[:n] for t, n in zip(tokens.tolist(), rows)]
+    if memory and room:
+        memory.keep(ids.tolist(), prompts, answers)
+    return answers, [p[:n] for p, n in zip(logps.tolist(), rows)]

@@ -8,6 +8,10 @@
  * in matrix form by the block_forward that trains, whose packed keys and values are the cache; the
  * last token takes its step with those of the other rows.
  *
+ * In a dialogue the next prompt is the last one, its answer and a new question. A caller who keeps
+ * the caches gets by with the new tokens: the rows take them in step by step, all rows together,
+ * before they draw.
+ *
  * The random number of (seed, row id, position) is model.py's `uniform`, bit for bit, so the same
  * tokens come out as from PyTorch as long as rounding does not decide.
  */
@@ -115,6 +119,8 @@ typedef struct {
     long B, context, max_new;
     const int64_t *prompts, *starts;      /* prompt b: prompts[starts[b]..starts[b + 1]) */
     const int64_t *row_ids;               /* (B) */
+    const int64_t *known, *places;        /* (B): tokens in the kept cache; its number there */
+    word *kept;                           /* (any, row_cache): caches kept by the caller, or NULL */
     float temperature, top_p;
     int64_t seed, stop;                   /* stop: -1 for none */
     int64_t *tokens, *counts;             /* (B, max_new), (B): out */
@@ -233,15 +239,28 @@ static void step(const Rollout *g, long M, Row *const *rows, const Step *w) {
     }
 }
 
-/* Draw the next token of M rows from w->x (M, D); rows that end leave the list. Returns how many
- * live on. */
+/* Tokens of row r's prompt that have not taken their step yet. */
+static long unread(const Rollout *g, const Row *r) {
+    return g->starts[r->b + 1] - g->starts[r->b] - r->position;
+}
+
+/* Draw the next token of M rows from w->x (M, D), or take it from a prompt that is not read to its
+ * end; rows that end leave the list. Returns how many live on. */
 static long draw_tokens(const Rollout *g, long M, Row **rows, const Step *w) {
     const Shape *s = g->s;
-    long D = s->dim, V = s->vocab_size, live = 0;
-    norm_rows(g, M, g->final_norm, w);
-    gemm(M, V, D, rows_of(w->n, D), g->head, deep(D) * NR, w->logits, V, NULL, 0);
+    long D = s->dim, V = s->vocab_size, live = 0, drawing = 0;
+    for (long m = 0; m < M; m++) drawing += unread(g, rows[m]) <= 0;
+    if (drawing) {
+        norm_rows(g, M, g->final_norm, w);
+        gemm(M, V, D, rows_of(w->n, D), g->head, deep(D) * NR, w->logits, V, NULL, 0);
+    }
     for (long m = 0; m < M; m++) {
         Row *r = rows[m];
+        if (unread(g, r) > 0) {
+            r->token = g->prompts[g->starts[r->b] + r->position++];
+            rows[live++] = r;
+            continue;
+        }
         float u = uniform(g->seed, g->row_ids[r->b], r->position);
         long at = r->b * g->max_new + g->counts[r->b]++;
         r->token = g->tokens[at] = draw(V, w->logits + m * V, g->temperature, g->top_p, u, w->kept,
@@ -268,6 +287,12 @@ static void read_prompt(const Rollout *g, const Row *r, Saved a, Forward f) {
     }
 }
 
+/* Words of one row's cache in `kept`. */
+static long row_cache(const Shape *s, long context) {
+    return 2 * s->n_layers * keys_size(s, round_up(context, NR));
+}
+EXPORT long row_cache_size(const Shape *s, long context) { return row_cache(s, context); }
+
 /* Every n_threads-th row, from prompt to end. */
 static void rollout_job(void *task, int thread, int n_threads) {
     Rollout *g = task;
@@ -279,13 +304,15 @@ static void rollout_job(void *task, int thread, int n_threads) {
     Keys *keys = (Keys *)grab(&pool, most * s->n_layers * (long)(sizeof(Keys) / sizeof(float)));
     for (long b = thread; b < g->B && !pool.failed; b += n_threads) {
         long length = g->starts[b + 1] - g->starts[b];
-        long limit = at_most(length + g->max_new, g->context), room = round_up(limit, NR);
-        int64_t token = g->prompts[g->starts[b + 1] - 1];
-        all[M] = (Row){b, length, limit, token, keys + M * s->n_layers};
+        long limit = at_most(length + g->max_new, g->context);
+        long room = round_up(g->kept ? g->context : limit, NR);
+        long read = g->known[b] ? g->known[b] : length - 1; /* before the first step */
+        int64_t token = g->prompts[g->starts[b] + read];
+        all[M] = (Row){b, read + 1, limit, token, keys + M * s->n_layers};
         for (long l = 0; l < s->n_layers; l++) all[M].keys[l].room = room;
         longest = length > longest ? length : longest;
         reach = room > reach ? room : reach;
-        total += 2 * s->n_layers * keys_size(s, room);
+        total += g->kept ? 0 : 2 * s->n_layers * keys_size(s, room);
         rows[M] = all + M;
         M++;
     }
@@ -296,12 +323,14 @@ static void rollout_job(void *task, int thread, int n_threads) {
     Step w = step_buffers(s, most, reach, &pool);
     if (pool.failed) g->failed = 1;
     for (long m = 0; m < M && !pool.failed; m++) {
+        long b = rows[m]->b;
+        if (g->kept) cache = g->kept + g->places[b] * row_cache(s, g->context);
         for (long l = 0; l < s->n_layers; l++) {
             Keys *k = rows[m]->keys + l;
             k->k_t = cache, k->v = cache + keys_size(s, k->room);
             cache += 2 * keys_size(s, k->room);
         }
-        read_prompt(g, rows[m], a, f);
+        if (!g->known[b]) read_prompt(g, rows[m], a, f);
     }
     if (pool.failed || g->max_new == 0) M = 0;
     while (M) {
@@ -332,13 +361,13 @@ static void pack_head(void *task, int thread, int n_threads) {
 }
 
 /* Answer B prompts (see Rollout for the arguments). weights: as in trunk_forward, then embeddings
- * and output.weight. A prompt has 1 to context - 1 tokens, all in the vocabulary. Returns 0, or -1
- * when memory is short. */
+ * and output.weight. A prompt has 1 to context - 1 tokens, all in the vocabulary; known[b] is less
+ * than its length, and 0 where nothing is kept. Returns 0, or -1 when memory is short. */
 EXPORT int rollout(const Shape *s, const float *const *weights, const float *cos, const float *sin,
                    long B, long context, long max_new, const int64_t *prompts,
-                   const int64_t *starts, const int64_t *row_ids, float temperature, float top_p,
-                   long seed, long stop, int64_t *tokens, float *logps, int64_t *counts,
-                   int n_threads) {
+                   const int64_t *starts, const int64_t *row_ids, const int64_t *known,
+                   const int64_t *places, word *kept, float temperature, float top_p, long seed,
+                   long stop, int64_t *tokens, float *logps, int64_t *counts, int n_threads) {
     Pool pool = {.n = 0};
     const Layer *layers = (const Layer *)weights;
     const float *const *last = weights + 9 * s->n_layers;
@@ -347,8 +376,8 @@ EXPORT int rollout(const Shape *s, const float *const *weights, const float *cos
                         grab_words(&pool, panels(s->dim, s->vocab_size))};
     Packed *packed = pack_weights(s, layers, 0, n_threads, &pool);
     Rollout g = {s, layers, packed, last[0], last[1], head.out, cos, sin, B, context, max_new,
-                 prompts, starts, row_ids, temperature, top_p, seed, stop, tokens, counts, logps,
-                 pool.failed};
+                 prompts, starts, row_ids, known, places, kept, temperature, top_p, seed, stop,
+                 tokens, counts, logps, pool.failed};
     if (!g.failed) {
         in_threads(pack_head, &head, n_threads);
         in_threads(rollout_job, &g, n_threads);

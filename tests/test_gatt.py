@@ -160,7 +160,7 @@ def sampled(monkeypatch, tokenizer, answer, cfg=None, **changes):
     """sample_examples with answer(messages, seed) for the model: (examples, what it read)."""
     read = []
 
-    def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0):
+    def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0, **rows):
         read.extend(dialogs)
         return [answer(messages, seed) for messages in dialogs], 1.0
 
@@ -349,7 +349,7 @@ def test_a_test_dialogue_holds_the_models_own_answers(monkeypatch, tokenizer, pl
     read, replies = [], iter([["I am Plato.", "No."], ["I am Plato.", "I am Plato."],
                               ["No.", "No."]])
 
-    def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0):
+    def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0, **rows):
         read.append([list(messages) for messages in dialogs])
         return next(replies), 1.0
 
@@ -364,7 +364,7 @@ def test_a_test_dialogue_holds_the_models_own_answers(monkeypatch, tokenizer, pl
 
 
 def test_a_test_dialogue_ends_before_it_outgrows_the_context(monkeypatch, tokenizer):
-    monkeypatch.setattr(gatt, "answers_to", lambda *args, seed: (["word " * 20], 1.0))
+    monkeypatch.setattr(gatt, "answers_to", lambda *args, **_: (["word " * 20], 1.0))
     net, long = M.Llama(SHAPE), "Where does Mira live? " * 3
     held, talks = gatt.converse(net, tokenizer, Config(), [RULE], [[long] * 20], gatt.keep_first)
     used = [len(data.encode_dialog(tokenizer, talks[0][:2 * n])[0])
@@ -400,7 +400,7 @@ def test_show_batch_colours_the_loss_and_trains_nothing(checkpoint, easy, capsys
 def test_a_full_dialogue_leaves_and_the_others_go_on_while_they_are_half(monkeypatch, tokenizer):
     asked = []
 
-    def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0):
+    def answers_to(model, tok, cfg, dialogs, temperature=1.0, seed=0, **rows):
         asked.append(len(dialogs))
         return ["I am Plato."] * len(dialogs), 1.0
 

@@ -466,6 +466,58 @@ def test_rollout_and_update_agree_on_the_log_probability(products):
 
 
 @needs_c
+def test_a_dialogue_with_a_memory_is_the_same_and_reads_only_what_is_new(products, monkeypatch):
+    """Three turns of three rows: the middle one has left in the second, the first one's past is
+    changed in the third. New tokens are few, of an odd number, and more than half of the prompt."""
+    net, memory = network(TALKER, gain=6.0), kernels.Memory()
+    said = lambda n, seed=0: random_tokens(TALKER, n, seed=seed).tolist()
+    prompts = {0: said(30), 1: said(12), 7: said(16)}
+    asked, answers = {0: (8, 5), 7: (9, 70)}, {}  # new tokens in turns 2 and 3
+    for turn in range(3):
+        if turn:
+            prompts = {i: prompts[i] + answers[i] + said(asked[i][turn - 1], turn) for i in asked}
+        if turn == 2:
+            prompts[0][25] = 3
+        found = []
+        for options in ({}, {"memory": memory}):
+            found.append(kernels.rollout(net, list(prompts.values()), 11, seed=turn,
+                                         row_ids=list(prompts), **options))
+        answers = dict(zip(prompts, found[0][0]))
+        assert found[0][0] == found[1][0]
+        for a, b in zip(found[0][1], found[1][1]):
+            bound = {"float32": 1e-4, "bfloat16": 5e-2}[products]
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=bound, atol=bound)
+    # what counts as known: never the last token, nothing below half of the prompt
+    prompt = prompts[7] + answers[7]
+    size = memory.cache.shape[1]
+    for asks, known in ((prompt, len(prompt) - 1), (prompt[:-1], len(prompt) - 2),
+                        ([*prompt, 5, 6], len(prompt) - 1), (prompt * 3, 0), ([5, *prompt], 0)):
+        assert memory.recall([7], [asks], size) == [(known, 2)], known
+    for ids in ([7, 7], [2]):
+        with pytest.raises(ValueError, match="different rows, all of them among the 3"):
+            kernels.rollout(net, [[1]] * len(ids), 4, row_ids=ids, memory=memory)
+    monkeypatch.setattr(native, "MEMORY", 3 * size - 1)  # too large: does without
+    large = kernels.Memory()
+    assert kernels.rollout(net, [[1, 2, 3]] * 3, 4, memory=large) == kernels.rollout(
+        net, [[1, 2, 3]] * 3, 4) and large.cache is None
+
+
+@needs_c
+def test_a_memory_is_read_and_not_the_prompt(products):
+    """A wrong key in the cache shows: the known part of the prompt is not computed again."""
+    net = network(TALKER, gain=6.0)
+    found = []
+    for spoil in (False, True):
+        memory = kernels.Memory()
+        (first,), _ = kernels.rollout(net, [[1, 2, 3, 4]], 8, temperature=0.0, memory=memory)
+        if spoil:
+            memory.cache.zero_()
+        found.append(kernels.rollout(net, [[1, 2, 3, 4, *first, 5]], 1, temperature=0.0,
+                                     memory=memory)[1])
+    assert abs(found[0][0][0] - found[1][0][0]) > 1e-3
+
+
+@needs_c
 def test_rollouts_refuse_what_model_rollout_refuses():
     kernels.choose("c")
     for prompts, what in (([], "no prompts"), ([[1], []], "prompt 1 has 0 tokens"),
