@@ -10,11 +10,11 @@ and learnt while only the system message has it. u: user, a: answer, E: its EOS,
 
 in  : out/ppo.pt, and questions of the tiny world or your own (--data and --instructions)
 out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl, out/figures/gatt.png
-run : python gatt.py                                      about 2 minutes on two AVX2 cores
+run : python gatt.py                                      about 1.3 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
-Expect an instruction that was gone on turn 2 to be followed by 95 to 100% of the answers on turn 10
-(values never trained on: 69 to 88%, once 34%), if the model follows instructions at all.
+Expect an instruction that was gone on turn 2 to be followed by 94 to 96% of the answers on turn 10
+(values never trained on: 65 to 79%), if the model follows instructions at all.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 

@@ -16,8 +16,8 @@ run : python reward.py                                  about 2 minutes on two A
       python reward.py --data mine.jsonl,mine_test.jsonl      rows as in data.read_preferences
       python reward.py --sweep --ablate                 more pairs, more layers, other losses
 
-Expect 73 to 80% (helpfulness) and 65 to 70% (safety) of the pairs in the right order; the labels'
-noise allows 83 to 87% and 71 to 76%.
+Expect 77 to 82% (helpfulness) and 68 to 71% (safety) of the pairs in the right order; the labels'
+noise allows 84 to 88% and 75 to 76%.
 
 Keys: [L2] Llama 2, 2307.09288.
 

@@ -6,7 +6,7 @@ a model must take the PyTorch path.
 
 from __future__ import annotations
 
-import ctypes
+import ctypes, operator
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from kernels.build import Shape, load_library
 
 LAYER = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
          "ffn_norm", "feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down")
+LAYER_WEIGHTS = operator.attrgetter(*(f"{name}.weight" for name in LAYER))
 FEED_FORWARD = LAYER[-3:]  # where none of these learns, their gradients are not computed
 
 
@@ -51,8 +52,8 @@ def unfit(weights, *activations: Tensor) -> str | None:
 
 def trunk_weights(model) -> list[nn.Parameter]:
     """The parameters in the order that C expects: nine per layer, then the final norm."""
-    weights = [layer.get_submodule(name).weight for layer in model.layers for name in LAYER]
-    return [*weights, model.norm.weight]
+    return [*(weight for layer in model.layers for weight in LAYER_WEIGHTS(layer)),
+            model.norm.weight]
 
 
 def _shape(config) -> Shape:
