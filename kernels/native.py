@@ -291,7 +291,8 @@ class Memory:
                 self.read[row] = self.read[row][0], [*prompt, *answer][:-1]
 
 
-def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids, memory):
+def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids,
+            memory=None):
     """`kernels.rollout` in C; prompts have been checked."""
     B, c = len(prompts), model.config
     ids = torch.tensor(list(row_ids) if row_ids is not None else range(B))

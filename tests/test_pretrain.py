@@ -217,8 +217,9 @@ def test_texts_are_continued_behind_bos_and_end_at_eos(tokenizer, monkeypatch):
     assert pretrain.complete(small_model(), tokenizer, ["the fox", ""], 7) == ["a hen", "a hen"]
     pretrain.complete(small_model(), tokenizer, [""], 7, temperature=0.8, seed=5)
     assert calls[0] == ([[1] + tokenizer.encode("the fox"), [1] + tokenizer.encode("")], 7,
-                        dict(temperature=0.0, top_p=1.0, seed=0, stop=2, row_ids=None))
-    assert calls[1][2] == dict(temperature=0.8, top_p=1.0, seed=5, stop=2, row_ids=None)
+                        dict(temperature=0.0, top_p=1.0, seed=0, stop=2, row_ids=None, memory=None))
+    assert calls[1][2] == dict(temperature=0.8, top_p=1.0, seed=5, stop=2, row_ids=None,
+                               memory=None)
 
 
 def test_a_fact_is_known_when_the_answer_comes_at_once_and_word_for_word(monkeypatch):
