@@ -285,19 +285,20 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
 def count_steps(cfg: Config, model, stream, world, began: float) -> int:
     """Optimizer steps of the whole run: from --tokens, or from --minutes and a timed step.
 
-    Of the minutes, what is already spent and a tenth for evaluation and writing are taken off.
+    Of the minutes, what is already spent and a tenth for evaluation and writing are taken off. The
+    optimizer is given a tenth of a step.
     """
     if cfg.minutes <= 0:
         return max(1, round(cfg.tokens / (cfg.batch_size * cfg.seq_len)))
     rows, seconds = batch_at(0, stream, cfg, world).to(world.device), []
-    for _ in range(4):  # forward and backward only: nothing is learnt yet; the first warms up
+    for _ in range(9):  # forward and backward only: nothing is learnt yet; the first warms up
         start = time.perf_counter()
         for piece in rows.split(cfg.micro_batch):
             next_token_loss(model, piece).backward()
         seconds.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     left = cfg.minutes * 60 * 0.9 - (time.time() - began)
-    return max(1, int(scale.all_mean(left / min(seconds[1:]), world)))
+    return max(1, int(scale.all_mean(left / (1.1 * data.mean(seconds[1:])), world)))
 
 
 LEAST = {"tokens": 1, "batch_size": 1, "micro_batch": 1, "log_every": 1, "evaluate_every": 1,
