@@ -17,7 +17,7 @@ run : python ppo.py                                       about 3.2 minutes on t
 
 Expect helpfulness .77 to .79 at T = 1 (.20 to .22 above SFT), .90 to .92 at T = 0.5, violations of
 0 to 2%, 2 nats from SFT, and that PPO's model wins 72 to 82% of its decided comparisons with V5;
-less of all if pretraining has not learnt every step (seed 0: .66, .81, 10%, 63%).
+less of all if pretraining has not learnt every step (seed 0: .66, .81, 10.5%, 63%).
 
 Keys: [L2] Llama 2, 2307.09288.  [PPO] 1707.06347.  [GAE] 1506.02438.  [N+] 2403.17031.
 
