@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.build import Shape, load_library
-from kernels.native import _check, _shape, threads
+from kernels.native import _check, _shape, known_start, threads
 from model import ModelConfig, check_prompts, rope_table
 
 FORMATS = ("fp32", "bf16", "fp16", "int8", "int4")  # their places are decode.c's numbers
@@ -200,9 +200,7 @@ class Decoder:
 
     def _forget(self, prompt: list[int]) -> list[int]:
         """Keep in the cache what `prompt` begins with; returns what is still to be read."""
-        same = 0
-        while same < min(len(self.read), len(prompt) - 1) and self.read[same] == prompt[same]:
-            same += 1
+        same = known_start(self.read, prompt)
         self.read = self.read[:same]
         return prompt[same:]
 

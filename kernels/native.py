@@ -253,6 +253,12 @@ def token_logprobs(hidden, output_weight, targets, chosen, temperature) -> Tenso
 # -------------------------------------------------------------------------------- rollout
 
 
+def known_start(read: list[int], prompt: list[int]) -> int:
+    """How many tokens of `prompt` were read before: never its last, which must take its step."""
+    pairs = enumerate(zip(read, prompt[:-1]))
+    return next((i for i, (old, new) in pairs if old != new), min(len(read), len(prompt) - 1))
+
+
 class Memory:
     """Keys and values of what the rows of a dialogue have read, kept from one rollout to the next.
 
@@ -278,9 +284,7 @@ class Memory:
         found = []
         for row, prompt in zip(ids, prompts):
             place, tokens = self.read[row]
-            same = next((i for i, (old, new) in enumerate(zip(tokens, prompt)) if old != new),
-                        len(tokens))
-            known = min(same, len(prompt) - 1)  # the last token takes its step
+            known = known_start(tokens, prompt)
             found.append((known if 2 * known >= len(prompt) else 0, place))
         return found
 
