@@ -61,7 +61,7 @@ class Config:
     log_every: int = 20  # steps between two lines on the screen and in out/reward.jsonl
     save_every: int = 100  # steps between resume states
     resume: bool = False  # continue from out/reward.state.pt if it is there
-    resume_from: str | None = None  # folder of reward models to train on; tests briefly, no figure
+    resume_from: str | None = None  # folder of models to train on; own test pairs only, no figure
     sweep: bool = False  # also: accuracy by number of pairs and of layers (Fig. 6)
     ablate: bool = False  # also: other margins, no auxiliary loss (Tables 28, 29)
     skip_bad_rows: bool = False  # count and skip rows of --data that are wrong
@@ -662,20 +662,19 @@ def main(cfg: Config) -> dict:
                 extra = M.resume_info(before + done, log.total, cfg, tokenizer.model_bytes)
                 scale.save_state(state, model, optimizer, extra | {"which": which}, world)
         before += steps[which]
-        examined = {which: tests[which]} if cfg.resume_from else tests  # once more is no news
-        reports[which] = examine(model, which, examined, None if cfg.data else data.World())
+        reports[which] = examine(model, which, {which: tests[which]} if cfg.resume_from else tests,
+                                 None if cfg.data else data.World())
         weights = scale.full_weights(model, world)
         if world.is_main:
             M.save(path, model, f"reward_{which}", tokenizer.model_bytes, reports[which],
                    cfg.data or "the tiny world", weights=weights)
-
     show(reports)
     extra = {"studies": studies(train, tests, cfg, world, config.n_layers)}
     if world.is_main:
         M.summarize("reward", out, reports | extra | {"minutes": (time.time() - began) / 60})
-        figures = [] if cfg.resume_from else [draw(reports, out)]
-        print(f"wrote {', '.join(map(str, [*(out / f'reward_{w}.pt' for w in reports), *figures]))}"
-              f"; next: python ppo.py")
+        drawn = "" if cfg.resume_from else f" and {draw(reports, out)}"
+        files = ", ".join(f"{out}/reward_{which}.pt" for which in reports)
+        print(f"wrote {files}{drawn}; next: python ppo.py")
     scale.remove_state(state, world)
     scale.finish(world)
     return reports

@@ -389,8 +389,10 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder, monkeypatch, 
     assert logs[0] == logs[1]
 
 
-def test_resume_from_trains_existing_reward_models_on(folder, monkeypatch):
-    monkeypatch.setattr(reward, "draw", no_figure)
+def test_resume_from_trains_existing_reward_models_on_and_examines_them_briefly(folder,
+                                                                                 monkeypatch):
+    drawn = []
+    monkeypatch.setattr(reward, "draw", lambda *args: drawn.append(args))
     flags = dict(data=labelled(folder), lr=2e-3)
     reward.main(quick(folder, **flags))
     before = M.load(folder / "reward_safety.pt", "cpu")[0].state_dict()
@@ -400,6 +402,9 @@ def test_resume_from_trains_existing_reward_models_on(folder, monkeypatch):
                       lr=1e-12))
     after = M.load(folder / "next" / "reward_safety.pt", "cpu")[0].state_dict()
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    tested = [M.load(path / "reward_safety.pt", "cpu")[1]["metrics"]["accuracy"].keys()
+              for path in (folder, folder / "next")]
+    assert tested == [{"helpful", "safety"}, {"safety"}] and len(drawn) == 1
 
 
 @pytest.mark.parametrize(("older", "lr", "share"), [(None, 0, 1), ("folder", 0, 0.5),
