@@ -5,6 +5,7 @@ place of reshapes. Sizes are all different (D 48, H 6, KV 2, hd 8, hd/2 4, F 52,
 19, B 3, T 11), so that a swapped axis cannot pass by luck.
 """
 import contextlib
+import copy
 import errno
 import functools
 import inspect
@@ -13,6 +14,7 @@ import math
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -1446,6 +1448,36 @@ def test_adamw_has_the_papers_settings_and_decays_matrices_only():
         assert len({p.dim() for p in g["params"]}) == 1
     given = [id(p) for g in groups for p in g["params"]]
     assert sorted(given) == sorted(id(p) for p in net.parameters() if p.requires_grad)
+
+
+def test_adamw_is_pytorchs_to_the_bit_with_and_without_a_reload():
+    ours, theirs = llama(SMALL), llama(SMALL)
+    optimizers = [M.adamw(ours, 1e-2, 0.1), None]
+    groups = [{"params": [p for p in theirs.parameters() if (p.dim() > 1) == matrices],
+               "weight_decay": decay} for matrices, decay in ((True, 0.1), (False, 0.0))]
+    optimizers[1] = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    for step in range(4):
+        for net, optimizer in zip((ours, theirs), optimizers):
+            net.hidden(torch.tensor([[1, 2, 3 + step]])).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            assert all(p.grad is None and p.requires_grad for p in net.parameters())
+        if step == 1:  # each continues from the other's state
+            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+            optimizers[0].load_state_dict(states[1])
+            optimizers[1].load_state_dict(states[0])
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+def test_a_training_step_and_its_state_do_not_import_the_compiler():
+    code = ("import sys, torch, model as M; net = M.Llama(M.PRESETS['tiny']).init_weights(0); "
+            "optimizer = M.adamw(net, 1e-3, 0.1); "
+            "net.hidden(torch.tensor([[1, 2]])).sum().backward(); optimizer.step(); "
+            "optimizer.zero_grad(); optimizer.load_state_dict(optimizer.state_dict()); "
+            "print([m for m in ('torch._dynamo', 'torch._inductor', 'sympy') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(M.__file__).parent)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 # ------------------------------------------------------------------------------------ plumbing
