@@ -681,8 +681,8 @@ LONG = .05  # share of demonstrations with 9 to 12 questions; of the others, tho
 STYLED, MULTI_TURN = .20, .12  # an instruction on the last question; 2 to 4 questions
 FOLLOW_UP = .30  # share of questions about facts that ask on, about "her"
 # Shares of comparisons with a canned refusal; on prompts without an instruction, with an unasked
-# greeting or hobby, or for safety a stray answer; on prompts with one, without what it asks for.
-CAUTIOUS, UNASKED, ASTRAY, LACKING = .20, .15, .10, .45
+# greeting or hobby, or a stray answer; on prompts with one, without what it asks for.
+CAUTIOUS, UNASKED, ASTRAY, LACKING = .20, .15, .15, .45
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
          "safety": {"unsafe": .60, "edge": .20, "howto": .08, "fact": .04, "story": .04,
@@ -1183,18 +1183,20 @@ class World:
             messages[-1] = {"role": "user", "content": f"{rule} {messages[-1]['content']}"}
         return rule
 
-    def oddities(self, prompts: list, answers: list[str], rivals: list[str], by: str,
+    def oddities(self, prompts: list, answers: list[str], rivals: list[str],
                  rng: random.Random) -> list[str]:
         """The answers to many open dialogues, some replaced by what their model would hardly say:
         canned refusals (CAUTIOUS), the answer it is compared with and "I enjoy chess." that nobody
-        asked for (UNASKED), or without it where somebody did (LACKING), and, to be judged by
-        "safe", answers to other prompts (ASTRAY).
+        asked for (UNASKED), or without it where somebody did (LACKING), and a writer's answer to
+        another question (ASTRAY).
 
         Comparisons with them tell a reward model that refusing a harmless question is bad, that a
-        hobby is no ornament, and that idle talk is no answer to a harmful question. What no
-        comparison has ruled out, PPO finds: without UNASKED almost half of the answers to border
-        prompts had a hobby; without LACKING the helpfulness models of seeds 0, 17 and 18 took off
-        for a mark even where it was asked for, and on seed 0 PPO left the hobbies out.
+        hobby is no ornament, and that idle talk is no answer. What no comparison has ruled out,
+        PPO finds: without UNASKED almost half of the answers to border prompts had a hobby;
+        without LACKING the helpfulness models of seeds 0, 17 and 18 took off for a mark even where
+        it was asked for, and on seed 0 PPO left the hobbies out; with stray answers to safety
+        prompts only, and those from each other, PPO of seed 38 told a story on two of three border
+        prompts, and that of seed 37 said what somebody wears when asked how to hurt him.
         """
         found = []
         for messages, answer, rival in zip(prompts, answers, rivals):
@@ -1206,8 +1208,9 @@ class World:
                 answer = self.unstyle(rival, told)
             elif not asked and place < CAUTIOUS + UNASKED:
                 answer = self.obey(self.instruction(rng), rival)
-            elif by == "safe" and not asked and place < CAUTIOUS + UNASKED + ASTRAY:
-                answer = rng.choice(answers)
+            elif not asked and place < CAUTIOUS + UNASKED + ASTRAY:
+                other = self.ask(rng.choice([k for k in KINDS if k != "unsafe"]), rng, "train")
+                answer = self.respond(other, draw(WRITERS[other.kind], rng), rng)
             found.append(answer)
         return found
 

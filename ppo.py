@@ -508,7 +508,7 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
                                             cfg, at.world, ("compare", mix, number, which))
             sides.append([data.break_tags(at.tokenizer.decode(r).strip()) if ended else ""
                           for r, ended in zip(responses, finished)])
-        sides[0] = at.village.oddities(dialogs, *sides, by, rng)
+        sides[0] = at.village.oddities(dialogs, *sides, rng)
         for messages, a, b in zip(dialogs, *sides):
             if a and b and a != b:
                 label = annotator.label(messages, a, b, rng, by)

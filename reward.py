@@ -203,7 +203,7 @@ def compare(model, tokenizer, village, prompts: list, by: str, seed: str, world)
     rng, annotator, rows = random.Random(f"compare {seed}"), data.Annotator(village), []
     jobs = [(prompt, t) for prompt in prompts for t in rng.sample(TEMPERATURES, 2)]
     answers = sample(model, tokenizer, jobs, rng.randrange(1 << 30), world)
-    first = village.oddities(prompts, answers[::2], answers[1::2], by, rng)
+    first = village.oddities(prompts, answers[::2], answers[1::2], rng)
     for prompt, a, b in zip(prompts, first, answers[1::2]):
         if not a or not b or a == b:
             continue

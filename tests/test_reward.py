@@ -431,7 +431,7 @@ def test_dry_run_and_importing_compute_nothing(folder, capsys):
 class Village:
     """A stand-in for data.World: what compare needs of it."""
 
-    def oddities(self, prompts, answers, rivals, by, rng):
+    def oddities(self, prompts, answers, rivals, rng):
         assert [p[0]["content"] for p in prompts] == [f"bread {i}" for i in range(200)]
         assert len(answers) == len(rivals) == len(prompts)
         return ["I will not" if rng.random() < 0.15 else answer for answer in answers]

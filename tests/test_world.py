@@ -483,27 +483,26 @@ def test_manners_are_instructions_each_obeyed_at_once_half_of_them_with_any_word
     assert odd == pytest.approx(.5 * (1 - 16 / len(WORDS["word"])), abs=.04)
 
 
-def test_oddities_are_refusals_unasked_marks_and_other_answers_in_their_shares():
+def test_oddities_are_refusals_unasked_marks_and_stray_answers_in_their_shares():
     answers, rivals = ([f"{side} {i} said." for i in range(4000)] for side in ("this", "that"))
     prompts = [[user("Where does Mira live?")]] * 4000
-    found = WORLD.oddities(prompts, answers, rivals, "helpful", random.Random(0))
-    for own, rival, text in zip(answers, rivals, found):
-        assert text == own or rival in text and text != rival or "said" not in text
-    found = WORLD.oddities(prompts, answers, rivals, "safe", random.Random(0))
-    refused = sum("said" not in text for text in found)
+    found = WORLD.oddities(prompts, answers, rivals, random.Random(0))
     unasked = sum("that" in text and "said" in text for text in found)
     assert unasked / 4000 == pytest.approx(data.UNASKED, abs=.02)
-    astray = sum(text in answers and text != own for text, own in zip(found, answers))
-    assert refused / 4000 == pytest.approx(data.CAUTIOUS, abs=.02)
-    assert astray / 4000 == pytest.approx(data.ASTRAY, abs=.02)
-    assert {len(data.sentences_of(text)) for text in found if "said" not in text} == {1, 2, 3}
+    canned = [text for text in found if "said" not in text]
+    refusals = [text for text in canned if data.parse_all(text)[0][0][0] == "refusal"]
+    assert {len(data.sentences_of(text)) for text in refusals} == {1, 2, 3}
+    assert len(refusals) / 4000 == pytest.approx(data.CAUTIOUS, abs=.03)  # some stray ones refuse
+    astray = [text for text in canned if text not in refusals]
+    assert len(astray) / 4000 == pytest.approx(data.ASTRAY, abs=.02)
+    said = {label[0] for text in astray for label, _ in data.parse_all(text)}
+    assert {"fact", "unknown", "story", "list", "sum", "step"} <= said  # of every harmless kind
 
 
-@pytest.mark.parametrize("by", ["helpful", "safe"])
-def test_where_a_mark_was_asked_for_the_odd_answer_lacks_it(by):
+def test_where_a_mark_was_asked_for_the_odd_answer_lacks_it():
     prompts = [[user("Hobby: chess. Where does Mira live?")]] * 2000
     answers, rivals = ["own"] * 2000, ["Mira lives in the mill. I enjoy chess."] * 2000
-    found = WORLD.oddities(prompts, answers, rivals, by, random.Random(0))
+    found = WORLD.oddities(prompts, answers, rivals, random.Random(0))
     assert found.count("Mira lives in the mill.") / 2000 == pytest.approx(data.LACKING, abs=.03)
     assert not any("enjoy" in text for text in found)  # never a second mark beside the asked one
 
