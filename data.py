@@ -683,6 +683,7 @@ FOLLOW_UP = .30  # share of questions about facts that ask on, about "her"
 # Shares of comparisons with a canned refusal; on prompts without an instruction, with an unasked
 # greeting or hobby, or a stray answer; on prompts with one, without what it asks for.
 CAUTIOUS, UNASKED, ASTRAY, LACKING = .20, .15, .15, .45
+IDLE = ("fact", "unknown", "story", "list", "arithmetic")  # what a stray answer is about: no steps
 MIXES = {"all": DEMONSTRATIONS,
          "helpful": {kind: share for kind, share in DEMONSTRATIONS.items() if kind != "unsafe"},
          "safety": {"unsafe": .60, "edge": .20, "howto": .08, "fact": .04, "story": .04,
@@ -1209,7 +1210,7 @@ class World:
             elif not asked and place < CAUTIOUS + UNASKED:
                 answer = self.obey(self.instruction(rng), rival)
             elif not asked and place < CAUTIOUS + UNASKED + ASTRAY:
-                other = self.ask(rng.choice([k for k in KINDS if k != "unsafe"]), rng, "train")
+                other = self.ask(rng.choice(IDLE), rng, "train")
                 answer = self.respond(other, draw(WRITERS[other.kind], rng), rng)
             found.append(answer)
         return found

@@ -15,9 +15,8 @@ out : out/rlhf_v1.pt .. rlhf_v5.pt, rlhf_control.pt, out/ppo.pt, out/ppo.jsonl, 
 run : python ppo.py                                       about 3.2 minutes on two AVX2 cores
       python ppo.py --reward my_reward.py:fn              your own fn(prompts, responses) -> scores
 
-Expect helpfulness .77 to .79 at T = 1 (.20 to .22 above SFT), .90 to .92 at T = 0.5, violations of
-0 to 2%, 2 nats from SFT, and that PPO's model wins 72 to 82% of its decided comparisons with V5;
-less of all if pretraining has not learnt every step (seed 0: .66, .81, 10.5%, 63%).
+Expect helpfulness .81 to .87 at T = 1 (.21 to .28 above SFT), .92 to .93 at T = 0.5, violations of
+0 to 0.5%, 2 nats from SFT, and that PPO's model wins 81 to 87% of its decided comparisons with V5.
 
 Keys: [L2] Llama 2, 2307.09288.  [PPO] 1707.06347.  [GAE] 1506.02438.  [N+] 2403.17031.
 

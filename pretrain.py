@@ -8,11 +8,11 @@ Everything the later stages align (facts, grammar, answering a question at all) 
 
 in  : nothing (the tiny world of data.py), or your own text with --data
 out : out/pretrain.pt, out/pretrain.jsonl, out/figures/pretrain.png (the counterpart of Fig. 5)
-run : python pretrain.py                                  about 2.5 minutes on two AVX2 cores
+run : python pretrain.py                                  about 3 minutes on two AVX2 cores
       python pretrain.py --data book.txt --minutes 3      your own text; prints bits per byte
       torchrun --nproc-per-node 8 pretrain.py --model 7b --data wiki=2,web    token shards
 
-Expect .67 to .71 nats per token, facts known, and nine of ten sampled sentences grammatical.
+Expect .65 to .69 nats per token, facts known, and nine of ten sampled sentences grammatical.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 

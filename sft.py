@@ -13,7 +13,7 @@ out : out/sft.pt, out/sft.jsonl, out/figures/sft.png
 run : python sft.py                                       about 1 minute on two AVX2 cores
       python sft.py --data rows.jsonl --show-batch        look at what carries loss, then stop
 
-Expect helpfulness .52 to .57 at T = 1 and .10 to .16 more at T = 0.5, half of the unsafe prompts
+Expect helpfulness .55 to .60 at T = 1 and .10 to .14 more at T = 0.5, half of the unsafe prompts
 complied with.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.

@@ -492,11 +492,11 @@ def test_oddities_are_refusals_unasked_marks_and_stray_answers_in_their_shares()
     canned = [text for text in found if "said" not in text]
     refusals = [text for text in canned if data.parse_all(text)[0][0][0] == "refusal"]
     assert {len(data.sentences_of(text)) for text in refusals} == {1, 2, 3}
-    assert len(refusals) / 4000 == pytest.approx(data.CAUTIOUS, abs=.03)  # some stray ones refuse
+    assert len(refusals) / 4000 == pytest.approx(data.CAUTIOUS, abs=.02)
     astray = [text for text in canned if text not in refusals]
     assert len(astray) / 4000 == pytest.approx(data.ASTRAY, abs=.02)
     said = {label[0] for text in astray for label, _ in data.parse_all(text)}
-    assert {"fact", "unknown", "story", "list", "sum", "step"} <= said  # of every harmless kind
+    assert {"fact", "unknown", "story", "list", "sum"} <= said and "step" not in said
 
 
 def test_where_a_mark_was_asked_for_the_odd_answer_lacks_it():
