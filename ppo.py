@@ -16,7 +16,7 @@ run : python ppo.py                                       about 3.2 minutes on t
       python ppo.py --reward my_reward.py:fn              your own fn(prompts, responses) -> scores
 
 Expect helpfulness .81 to .87 at T = 1 (.21 to .28 above SFT), .92 to .93 at T = 0.5, violations of
-0 to 0.5%, 2 nats from SFT, and that PPO's model wins 81 to 87% of its decided comparisons with V5.
+0 to 1.5%, 2 nats from SFT, and that PPO's model wins 81 to 87% of its decided comparisons with V5.
 
 Keys: [L2] Llama 2, 2307.09288.  [PPO] 1707.06347.  [GAE] 1506.02438.  [N+] 2403.17031.
 
