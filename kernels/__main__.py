@@ -22,7 +22,6 @@ never quiet, --threads 1 --clock cpu counts the processor time that each one use
 from __future__ import annotations
 
 import math, os, platform, shlex, statistics, sys, time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -145,17 +144,6 @@ def rates(functions: list, amounts: list[float], cfg: Config) -> list[float]:
     return [statistics.median(column) for column in zip(*found[1:])]
 
 
-def repeated(function):
-    """A function without arguments as one that runs it `repeat` times."""
-    return lambda repeat: [function() for _ in range(repeat)]
-
-
-def in_cores(functions: list):
-    """Each function(repeat) in a thread of its own, at once; C leaves Python's lock."""
-    pool = ThreadPoolExecutor(len(functions))
-    return lambda repeat: list(pool.map(lambda f: f(repeat), functions))
-
-
 # --------------------------------------------------------------------------------------- limits
 
 
@@ -180,21 +168,22 @@ def measure_limits(cfg: Config) -> Limits:
     n, lib = torch.get_num_threads(), ops.library()
     out = [torch.zeros(1024) for _ in range(n)]
     per_round = lib.bench_multiply_add(1, out[0].data_ptr())  # operations
-    adds = in_cores([lambda r, o=o: ops.call("bench_multiply_add", 1000 * r, o) for o in out])
+    adds = ops.in_cores([lambda r, o=o: ops.call("bench_multiply_add", 1000 * r, o)
+                         for o in out])
     tiles = [ops.product("", 0, 240, 384, 384, torch.Generator()) for _ in range(n)]
     square = 64 if cfg.quick else 1024
     a = {kind: torch.randn(square, square).to(kind) for kind in (torch.float32, torch.bfloat16)}
-    speeds = rates([adds, in_cores([t.ours for t in tiles])]
-                   + [repeated(lambda x=x: x @ x) for x in a.values()],
+    speeds = rates([adds, ops.in_cores([t.ours for t in tiles])]
+                   + [ops.repeated(lambda x=x: x @ x) for x in a.values()],
                    [1000 * n * per_round, n * tiles[0].flops] + 2 * [2 * square**3], cfg)
     read, copy = {}, {}
     for place, size in PLACES.items():
         size = min(size, 1 << 18) if cfg.quick else size
         buffers = [torch.zeros(size // 4) for _ in range(n)]
-        reads = in_cores([lambda r, b=b, o=o: ops.call("bench_read", r, b.numel(), b, o)
-                          for b, o in zip(buffers, out)])
-        copies = in_cores([lambda r, b=b: ops.call("bench_copy", r, b.numel() // 2, b,
-                                                   b[b.numel() // 2:]) for b in buffers])
+        reads = ops.in_cores([lambda r, b=b, o=o: ops.call("bench_read", r, b.numel(), b, o)
+                              for b, o in zip(buffers, out)])
+        copies = ops.in_cores([lambda r, b=b: ops.call("bench_copy", r, b.numel() // 2, b,
+                                                       b[b.numel() // 2:]) for b in buffers])
         read[place], copy[place] = rates([reads, copies], [n * size, n * size], cfg)
     limits = Limits(*speeds, read, copy)
     print(f"\nlimits of {n} cores, measured now")
@@ -217,8 +206,8 @@ def products_of(sizes: list[str], limits: Limits, cfg: Config) -> None:
         alone = [ops.product("", 0, T, N, K, torch.Generator()) for _ in range(n)]
         pairs = [(torch.randn(B * T, K).to(kind), torch.randn(K, N).to(kind))
                  for kind in (torch.float32, torch.bfloat16)]
-        speeds = rates([in_cores([op.ours for op in alone])]
-                       + [repeated(lambda p=p: p[0] @ p[1]) for p in pairs],
+        speeds = rates([ops.in_cores([op.ours for op in alone])]
+                       + [ops.repeated(lambda p=p: p[0] @ p[1]) for p in pairs],
                        [n * alone[0].flops] + 2 * [B * alone[0].flops], cfg)
         texts = [f"{name} {speed / 1e9:.0f} ({speed / limits.multiply_add:.0%})" for name, speed in
                  zip(("ours", "PyTorch float32", "bfloat16"), speeds)]
@@ -238,9 +227,9 @@ def op_table(shape: str, limits: Limits, cfg: Config) -> None:
     copies = [ops.all_ops(config, B, T) for _ in range(n)]
     for same in zip(*copies):  # one Op per core, each with numbers of its own
         op, alone = same[0], same[0].rows == 1
-        ours = in_cores([o.ours for o in same]) if alone else op.ours
+        ours = ops.in_cores([o.ours for o in same]) if alone else op.ours
         runs = n if alone else 1  # of the Op per call
-        speed, plain = rates([ours, repeated(op.peer(B))], [runs * op.rows, B], cfg)
+        speed, plain = rates([ours, ops.repeated(op.peer(B))], [runs * op.rows, B], cfg)
         if op.flops:
             done, unit, limit = op.flops, "GFLOP/s", limits.multiply_add
         else:  # a plain copy of as many bytes, from where they fit
@@ -305,13 +294,13 @@ def main(cfg: Config) -> None:
     kernels.choose("auto")  # the check has tried both libraries
     native.return_threads()  # here PyTorch has work to do
     limits = None
-    if compiled and {"limits", "ops", "train", "decode"} & wants:
+    if compiled and {"limits", "ops"} & wants:
         limits = measure_limits(cfg)
         products_of(sizes, limits, cfg)
     for shape in sizes:
         if compiled and "ops" in parts:
             op_table(shape, limits, cfg)
-    peers.tables([p for p in parts if p in peers.TASKS], sizes, shapes, limits, cfg)
+    peers.tables([p for p in parts if p in peers.TASKS], sizes, shapes, cfg)
     kernels.choose("torch")
     if wrong:
         print(f"{wrong} kernels are WRONG", file=sys.stderr)

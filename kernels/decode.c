@@ -27,9 +27,9 @@
  * A prompt is read by the same code in matrix form, up to MANY tokens at a time: a block of weights
  * is unpacked to float32 into the first-level cache and multiplied by all tokens (gemm.c).
  */
-#include <time.h>
-
 #include "kernels.h"
+
+#include <time.h>
 
 enum { FP32, BF16, FP16, INT8, INT4 }; /* mirrors FORMATS in decode.py */
 
@@ -215,7 +215,7 @@ INLINE void tile_times(const int format, const uint8_t *w, long groups, const In
     for (int i = 0; i < NI; i++) total[i] = (vec){0};
     for (long g = 0; g < groups; g++, w += group_bytes(format)) {
         ivec sum[NI];
-        for (long p = 0; p < group_bytes(format); p += 64) __builtin_prefetch(w + 4096 + p);
+        for (long p = 0; p < group_bytes(format); p += 64) __builtin_prefetch(w + 8192 + p);
         if (format == INT8) dot_int8(w + ROWS * 2, in->q + g * GROUP, -W8_ZERO * in->sum[g], sum);
         else dot_int4(w + ROWS * 2, in->q + g * GROUP, -8 * in->sum[g], sum);
         for (int i = 0; i < NI; i++) {

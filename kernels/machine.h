@@ -7,6 +7,7 @@
 #ifndef MACHINE_H
 #define MACHINE_H
 
+#define _GNU_SOURCE /* cores by number: take_core */
 #if defined(BFLOAT16) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -190,10 +191,35 @@ typedef struct {
     Job job;
     void *task;
     int thread, n_threads;
+    char *taken; /* (CORES): where a thread of this job runs */
 } Start;
+
+/* Go to a core where no other thread of the job is, if there is one; from then on the system may
+ * move the thread as it likes. A new thread often begins on its maker's core though another is
+ * idle, and is moved after some ms: in jobs of 10 ms two threads were slower than one. */
+#define CORES 1024
+static inline void take_core(char *taken) {
+#ifdef __linux__
+    cpu_set_t all, rest;
+    int core, moved = 0;
+    while ((core = sched_getcpu()) >= 0 && core < CORES &&
+           __atomic_exchange_n(taken + core, 1, __ATOMIC_RELAXED)) {
+        if (!moved && sched_getaffinity(0, sizeof all, &all)) return;
+        rest = all;
+        for (int c = 0; c < CORES; c++)
+            if (__atomic_load_n(taken + c, __ATOMIC_RELAXED)) CPU_CLR(c, &rest);
+        if (!CPU_COUNT(&rest) || sched_setaffinity(0, sizeof rest, &rest)) break;
+        moved = 1;
+    }
+    if (moved) sched_setaffinity(0, sizeof all, &all);
+#else
+    (void)taken;
+#endif
+}
 
 static inline void *start(void *p) {
     Start *s = p;
+    take_core(s->taken);
     s->job(s->task, s->thread, s->n_threads);
     return NULL;
 }
@@ -203,9 +229,10 @@ static inline void *start(void *p) {
 static inline void in_threads(Job job, void *task, int n_threads) {
     pthread_t ids[256];
     Start starts[256];
-    char made[256];
+    char made[256], taken[CORES] = {0};
+    if (n_threads > 1) take_core(taken);
     for (int i = 1; i < n_threads; i++) {
-        starts[i] = (Start){job, task, i, n_threads};
+        starts[i] = (Start){job, task, i, n_threads, taken};
         made[i] = !pthread_create(&ids[i], NULL, start, &starts[i]);
     }
     job(task, 0, n_threads);
@@ -244,6 +271,7 @@ typedef struct {
 static inline void *join_in(void *p) {
     Member *m = p;
     int n;
+    take_core(m->start.taken);
     while (!(n = __atomic_load_n(m->n_threads, __ATOMIC_ACQUIRE))) sched_yield();
     m->start.job(m->start.task, m->start.thread, n);
     return NULL;
@@ -255,8 +283,10 @@ static inline void in_company(Job job, void *task, int n_threads) {
     pthread_t ids[256];
     Member members[256];
     int made = 1, known = 0;
+    char taken[CORES] = {0};
+    if (n_threads > 1) take_core(taken);
     for (; made < n_threads; made++) {
-        members[made] = (Member){{job, task, made, 0}, &known};
+        members[made] = (Member){{job, task, made, 0, taken}, &known};
         if (pthread_create(&ids[made], NULL, join_in, &members[made])) break;
     }
     __atomic_store_n(&known, made, __ATOMIC_RELEASE);

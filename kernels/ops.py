@@ -9,7 +9,8 @@ sequence; and whole calls with threads of their own (`rows` B), as every stage m
 
 from __future__ import annotations
 
-import ctypes
+import ctypes, itertools, os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Callable
 
@@ -56,6 +57,20 @@ def call(name: str, *arguments) -> int:
     if code < 0:
         raise MemoryError(f"{name}: not enough memory")
     return code
+
+
+def repeated(function):
+    """A function without arguments as one that runs it `repeat` times."""
+    return lambda repeat: [function() for _ in range(repeat)]
+
+
+def in_cores(functions: list):
+    """Each function(repeat) in a thread and a core of its own, at once; C leaves Python's lock."""
+    there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = itertools.cycle(there)
+    pool = ThreadPoolExecutor(len(functions), initializer=lambda: there and os.sched_setaffinity(
+        0, {next(cores)}))  # of the thread that calls it
+    return lambda repeat: list(pool.map(lambda f: f(repeat), functions))
 
 
 def normal(rng: torch.Generator, *shape: int) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Callable, NamedTuple
 import torch
 
 import kernels, model as M
-from kernels import build
+from kernels import build, ops
 
 SHAPES = {  # name: (config, sequences per step); the sizes that PERFORMANCE's goals are stated at
     "T1": (M.ModelConfig(128, 4, 4, 2, 352, 1024, 256), 32),
@@ -201,6 +201,42 @@ def decode_plain(tick, job: Job) -> None:
         for _ in M.stream(model, prompt, job.new, temperature=0.0):
             pass
         tick(job.new)
+
+
+# ------------------------------------------------------------------------------------ the limits
+
+
+def product_alone(tick, job: Job) -> None:
+    """Nothing but matrix products, as many as the arithmetic of a training step: its limit."""
+    per_token = flops_per_token(job.config)
+    if job.path == "c":
+        kernels.choose("c", products=job.products)
+        alone = [ops.product("", 0, 240, 384, 384, torch.Generator()) for _ in range(job.threads)]
+        one, flops = ops.in_cores([op.ours for op in alone]), job.threads * alone[0].flops
+    else:
+        x = torch.randn(1024, 1024).bfloat16()
+        one, flops = ops.repeated(lambda: x @ x), 2 * 1024**3
+    while True:
+        one(16)
+        tick(16 * flops / per_token)
+
+
+def reading_alone(tick, job: Job) -> None:
+    """Nothing but reading as many bytes as the weights of a token have: the limit of decoding."""
+    from kernels.decode import memory
+
+    each = round_up(bytes_per_token(job.config, job.dtype) / 4 / job.threads, 1024)  # numbers
+    parts = [memory(4 * each).view(torch.float32).fill_(1) for _ in range(job.threads)]
+    sums = [torch.zeros(1024) for _ in parts]
+    read = ops.in_cores([lambda repeat, p=p, s=s: ops.call("bench_read", repeat, each, p, s)
+                         for p, s in zip(parts, sums)])
+    while True:
+        read(job.new)
+        tick(job.new)
+
+
+def round_up(n: float, to: int) -> int:
+    return -int(-n // to) * to
 
 
 # ---------------------------------------------------------------------------------- transformers
@@ -412,7 +448,9 @@ TASKS = {  # part: {what is timed: (unit, contestants)}
         Entry("transformers eager bf16", HF, train_transformers, {"dtype": "bf16"}),
         Entry("transformers compiled fp32", HF, train_transformers, {"mode": "compiled"}),
         Entry("transformers compiled bf16", HF, train_transformers,
-              {"mode": "compiled", "dtype": "bf16"})])},
+              {"mode": "compiled", "dtype": "bf16"}),
+        Entry("limit: our product alone", None, product_alone, {"path": "c"}),
+        Entry("limit: PyTorch's in bf16 alone", None, product_alone, {})])},
     "rollout": {"rollouts": ("new tokens/s", [
         *ours(rollout_ours),
         Entry("transformers generate fp32", HF, generate_transformers, {}),
@@ -427,7 +465,9 @@ TASKS = {  # part: {what is timed: (unit, contestants)}
               "ours, C bf16"),
         Entry("llama.cpp F32", LLAMA, decode_llama_cpp, {"dtype": "fp32"}, "ours, C fp32"),
         Entry("llama.cpp Q8_0", LLAMA, decode_llama_cpp, {"dtype": "q8_0"}, "ours, C int8"),
-        Entry("llama.cpp Q4_0", LLAMA, decode_llama_cpp, {"dtype": "q4_0"}, "ours, C int4")])},
+        Entry("llama.cpp Q4_0", LLAMA, decode_llama_cpp, {"dtype": "q4_0"}, "ours, C int4"),
+        *(Entry(f"limit: reading {dtype} alone", None, reading_alone, {"dtype": dtype},
+                f"ours, C {dtype}") for dtype in ("int4", "int8", "bf16", "fp32"))])},
     "align": {
         "supervised fine-tuning": ("tokens/s", [
             *ours(sft_ours), Entry("trl SFTTrainer fp32", TRL, sft_trl, {}),
@@ -609,33 +649,42 @@ def show(title: str, unit: str, results: list[Result]) -> None:
               f"{r.own:>9,.0f}{r.setup:>9.1f}  {r.note}")
 
 
-def share_of_limits(result: Result, job: Job, limits) -> None:
-    """A training step's arithmetic beside the rates measured in this run."""
-    c, T = job.config, job.config.max_seq_len
+def flops_per_token(c: M.ModelConfig) -> int:
+    """Of a training step: 6 per weight that multiplies, and attention's causal half."""
     multiplying = M.count_parameters(c) - c.vocab_size * c.dim - (2 * c.n_layers + 1) * c.dim
-    flops = 6 * multiplying + 6 * c.n_layers * c.dim * T  # per token; attention: causal half
-    done = statistics.median(result.rates) * flops
-    print(f"{result.name}: {flops / 1e6:.2f} MFLOP per token, {done / 1e9:.0f} GFLOP/s; that is "
-          f"{done / limits.torch_float32:.0%} of PyTorch's float32 product, "
-          f"{done / limits.torch_bfloat16:.0%} of its bfloat16 product, "
-          f"{done / limits.product:.0%} of ours")
+    return 6 * multiplying + 6 * c.n_layers * c.dim * c.max_seq_len
 
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 34 / 32, "int4": 18 / 32}  # per weight, steps included
 
 
-def share_of_bandwidth(results: list[Result], job: Job, limits) -> None:
-    """The weights that a token reads, per second, beside the memory's rate."""
-    c = job.config
-    head = c.vocab_size * c.dim  # read whole; of the embeddings a token needs one row
+def bytes_per_token(c: M.ModelConfig, dtype: str) -> float:
+    """The weights that decoding reads for a token: all but the embeddings, of which it needs a row.
+
+    int4 has its output matrix in int8.
+    """
+    head = c.vocab_size * c.dim
     blocks = M.count_parameters(c) - 2 * head
+    return blocks * BYTES[dtype] + head * BYTES["int8" if dtype == "int4" else dtype]
+
+
+def show_limits(results: list[Result], job: Job) -> None:
+    """What ours does per second in absolute numbers, and its share of the limits beside it."""
     for r in results:
-        dtype = r.name.split()[-1]
-        if r.name.startswith("ours, C") and r.rates:
-            size = blocks * BYTES[dtype] + head * BYTES["int8" if dtype == "int4" else dtype]
-            done = size * statistics.median(r.rates)
-            print(f"{r.name}: {size / 2**20:,.0f} MiB of weights per token, {done / 1e9:.1f} GB/s; "
-                  f"that is {done / limits.read['memory']:.0%} of what memory gives")
+        limits = [x for x in results if x.name.startswith("limit") and x.rates
+                  and x.against in ("", r.name)]
+        if not r.name.startswith("ours, C") or not r.rates or not limits:
+            continue
+        speed = statistics.median(r.rates)
+        if limits[0].against:
+            size = bytes_per_token(job.config, r.name.split()[-1])
+            done = f"{size / 2**20:,.0f} MiB of weights per token, {speed * size / 1e9:.1f} GB/s"
+        else:
+            flops = flops_per_token(job.config)
+            done = f"{flops / 1e6:.2f} MFLOP per token, {speed * flops / 1e9:.0f} GFLOP/s"
+        shares = [f"{statistics.median(a / b for a, b in zip(r.rates, x.rates)):.0%} of "
+                  f"{x.name.removeprefix('limit: ')}" for x in limits]
+        print(f"{r.name}: {done}; {', '.join(shares)}")
 
 
 def wanted(entries: list[Entry], job: Job, cfg, missing: set) -> list[Entry]:
@@ -700,7 +749,7 @@ def describe(task: str, job: Job) -> tuple[str, Job]:
     return f"{rows} sequences of {T} tokens", job
 
 
-def tables(parts: list[str], sizes: list[str], presets: list[str], limits, cfg) -> None:
+def tables(parts: list[str], sizes: list[str], presets: list[str], cfg) -> None:
     """Run and print every contest of the given parts."""
     missing: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
@@ -711,10 +760,7 @@ def tables(parts: list[str], sizes: list[str], presets: list[str], limits, cfg) 
                     there = wanted(entries, job_of_task, cfg, missing)
                     results = contest(there, job_of_task, 1 if cfg.quick else cfg.rounds)
                     show(f"{task}, {shape}: {sizes_in_words}", unit, results)
-                    if part == "train" and limits and results[0].rates:
-                        share_of_limits(results[0], job, limits)
-                    if part == "decode" and limits:
-                        share_of_bandwidth(results, job, limits)
+                    show_limits(results, job)
     if missing:
         names = {"llama_cpp": "llama-cpp-python", "trl": "trl==1.12.0 accelerate datasets"}
         print(f"\nnot installed, so not in the tables: {', '.join(sorted(missing))} (pip install "
