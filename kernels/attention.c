@@ -46,28 +46,36 @@ static Span span_of(long t0, long t1, const int64_t *segments) {
     return span;
 }
 
-/* z (to - from): -inf where query t may not look. */
+/* z (to - from rounded up to VLEN): -inf where query t may not look. Whole vectors are written,
+ * since whole vectors are read next: a processor waits when a load joins several stores. */
 INLINE void hide(float *z, long t, Span span) {
-    for (long s = t + 1; s < span.to; s++) z[s - span.from] = -INFINITY;
+    long seen = at_most(t + 1, span.to) - span.from, last = seen / VLEN * VLEN;
+    if (last < seen) store(z + last, first_lanes(load(z + last), seen - last, -INFINITY));
+    for (long s = round_up(seen, VLEN); s < span.to - span.from; s += VLEN)
+        store(z + s, (vec){0} - INFINITY);
     if (!span.segments) return;
     for (long s = span.from; s < t; s++)
         if (span.segments[s] != span.segments[t]) z[s - span.from] = -INFINITY;
 }
 
-/* Scores of n rows against m keys, z (n, m; ld), become exp(scale (z - max)) in place; row r is
- * query t0 + r. sums (n): each row's sum; log_sum (n): the log of the softmax's denominator. */
-ALONE void exp_rows(long n, float *z, long ld, long t0, Span span, float scale, float *sums,
+/* p (n, m; ld) = exp(scale (z - max)) as factors, from the scores z (n, m; ld) of n rows against m
+ * keys; row r is query t0 + r. p may be z in float32. sums (n): each row's sum; log_sum (n): the
+ * log of the softmax's denominator. */
+ALONE void exp_rows(long n, float *z, long ld, long t0, Span span, float scale, num *p, float *sums,
                     float *log_sum) {
     long m = span.to - span.from;
-    for (long r = 0; r < n; r++, z += ld) {
+    for (long r = 0; r < n; r++, z += ld, p += ld) {
         hide(z, t0 + r, span);
-        float top = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : top)
-        for (long s = 0; s < m; s++) top = z[s] > top ? z[s] : top;
-#pragma omp simd reduction(+ : sum)
-        for (long s = 0; s < m; s++) sum += z[s] = exp_fast(scale * (z[s] - top));
-        sums[r] = sum;
-        log_sum[r] = scale * top + logf(sum);
+        vec most = (vec){0} - INFINITY, sum = {0};
+        for (long s = 0; s < m; s += VLEN) most = greater(load(z + s), most);
+        float top = max_of(most);
+        for (long s = 0; s < m; s += VLEN) {
+            vec e = exp_fast(scale * (load(z + s) - top));
+            store_num(p + s, e, VLEN);
+            sum += e;
+        }
+        sums[r] = sum_of(sum);
+        log_sum[r] = scale * top + logf(sums[r]);
     }
 }
 
@@ -101,8 +109,7 @@ void attention(const Shape *s, long T, const num *qkv, const Keys *c, const int6
             gemm(n, round_up(m, NR), hd, rows_of(qkv + t0 * E + h * hd, E), k_t, deep(hd) * NR, z,
                  ld, NULL, 0);
             float sums[BLOCK];
-            exp_rows(n, z, ld, t0, span, scale, sums, log_sum + h * T + t0);
-            narrow(n, m, z, ld, p, ld);
+            exp_rows(n, z, ld, t0, span, scale, p, sums, log_sum + h * T + t0);
             float *to = wide(out + t0 * D + h * hd, head);
             gemm(n, hd, m, rows_of(p, ld), v, deep(c->room) * NR, to, ldo, NULL, 0);
             divide_rows(n, hd, to, ldo, sums);
@@ -111,22 +118,25 @@ void attention(const Shape *s, long T, const num *qkv, const Keys *c, const int6
     }
 }
 
-/* p = softmax again, and dz = gradient of the scores, both (n, m; ld) and in place: z holds q k^T,
- * dz holds dP. out, d_out: this head's columns at query t0, rows D apart. delta comes from the same
- * factors as dP, so that what cancels in exact arithmetic (a single key: dZ = 0) cancels here. */
-static ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0, Span span,
+/* p = softmax again, dz = gradient of the scores, as factors (n, m; ld), from z = q k^T and dp, the
+ * same size; in float32 p may be z and dz dp. out, d_out: this head's columns at query t0, rows D
+ * apart. delta comes from the same factors as dP, so that what cancels in exact arithmetic (a
+ * single key: dZ = 0) cancels here. */
+static ALONE void softmax_backward(long n, float *z, const float *dp, long ld, long t0, Span span,
                                    float scale, const float *log_sum, const num *out,
-                                   const num *d_out, long D, long hd) {
+                                   const num *d_out, long D, long hd, num *p, num *dz) {
     long m = span.to - span.from;
-    for (long r = 0; r < n; r++, z += ld, dz += ld, out += D, d_out += D) {
+    for (long r = 0; r < n; r++, z += ld, dp += ld, p += ld, dz += ld, out += D, d_out += D) {
         hide(z, t0 + r, span);
-        float delta = 0;
-#pragma omp simd reduction(+ : delta)
-        for (long i = 0; i < hd; i++) delta += widen(d_out[i]) * widen(out[i]);
-#pragma omp simd
-        for (long s = 0; s < m; s++) {
-            z[s] = exp_fast(scale * z[s] - log_sum[r]);
-            dz[s] = z[s] * (dz[s] - delta) * scale;
+        vec sum = {0};
+        for (long i = 0; i < hd; i += VLEN)
+            sum += load_num(d_out + i, hd - i) * load_num(out + i, hd - i);
+        float delta = sum_of(sum);
+        for (long s = 0; s < m; s += VLEN) {
+            vec e = exp_fast(scale * load(z + s) - log_sum[r]);
+            vec d = e * (load(dp + s) - delta) * scale;
+            store_num(p + s, e, VLEN);
+            store_num(dz + s, d, VLEN);
         }
     }
 }
@@ -135,12 +145,11 @@ static ALONE void softmax_backward(long n, float *z, float *dz, long ld, long t0
  * keys and values of a group of heads are shared, so their gradients add up over its heads. */
 void attention_backward(const Shape *s, long T, const num *qkv, const Keys *c,
                         const int64_t *segments, const num *out, const float *log_sum,
-                        const float *d_out, float *dqkv, AttentionScratch x) {
+                        const num *d_out, float *dqkv, AttentionScratch x) {
     long hd = head_dim(s), E = qkv_dim(s), D = s->dim, KV = s->n_kv_heads, deep_hd = deep(hd);
     long group = s->n_heads / KV, ld = scores_width(T), hd_up = round_up(hd, NR);
     long room = deep(c->room);
     float scale = 1.0f / sqrtf((float)hd);
-    const num *d_out_num = narrowed(T, D, d_out, x.d_out_num);
     num *p = PAIR == 1 ? (num *)x.z : x.p_num, *dz = PAIR == 1 ? (num *)x.dz : x.dz_num;
     for (long j = 0; j < KV; j++) {
         pack(T, hd, qkv + D + j * hd, E, x.k + j * room * hd_up, room * NR);
@@ -159,19 +168,17 @@ void attention_backward(const Shape *s, long T, const num *qkv, const Keys *c,
             /* 1) scores, and dP = dO V^T */
             gemm(n, round_up(m, NR), hd, rows_of(q, E), keys_of(s, c, j) + span.from * deep_hd,
                  deep_hd * NR, x.z, ld, NULL, 0);
-            gemm(n, round_up(m, NR), hd, rows_of(d_out_num + at, D),
+            gemm(n, round_up(m, NR), hd, rows_of(d_out + at, D),
                  x.v_t + (j * c->room + span.from) * deep_hd, deep_hd * NR, x.dz, ld, NULL, 0);
             /* 2) P and dZ */
             softmax_backward(n, x.z, x.dz, ld, t0, span, scale, log_sum + h * T + t0, out + at,
-                             d_out_num + at, D, hd);
-            narrow(n, m, x.z, ld, p, ld);
-            narrow(n, m, x.dz, ld, dz, ld);
+                             d_out + at, D, hd, p, dz);
             /* 3) dQ = dZ K */
             gemm(n, hd, m, rows_of(dz, ld), x.k + j * room * hd_up + span.from / PAIR * NR,
                  room * NR, dqkv + t0 * E + h * hd, E, NULL, 0);
             /* 4) dK += dZ^T Q, dV += P^T dO */
             pack(n, hd, q, E, x.q, deep(n) * NR);
-            pack(n, hd, d_out_num + at, D, x.d_out, deep(n) * NR);
+            pack(n, hd, d_out + at, D, x.d_out, deep(n) * NR);
             gemm(m, hd, n, columns(n, m, dz, ld, x.dz_t), x.q, deep(n) * NR, dk, E, dk, E);
             gemm(m, hd, n, columns(n, m, p, ld, x.p_t), x.d_out, deep(n) * NR, dv, E, dv, E);
         }

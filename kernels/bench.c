@@ -38,8 +38,8 @@ EXPORT int bench_multiply_add(long repeat, float *out) {
     return 2 * PAIR * MR * NV * VLEN;
 }
 
-/* Read p (n) from front to back, n a multiple of 8 VLEN; out (VLEN): the sums. Asked for 4 KB ahead:
- * 10% more from memory on some machines. */
+/* Read p (n) from front to back, n a multiple of 8 VLEN; out (VLEN): the sums. Asked for 4 KB
+ * ahead, which gets up to 10% more from memory. */
 EXPORT int bench_read(long repeat, long n, const float *p, float *out) {
     vec sum[8] = {{0}};
     for (long r = 0; r < repeat; r++)
@@ -111,15 +111,39 @@ EXPORT int bench_rope(long repeat, const Shape *s, long T, float *qkv, const flo
     return 0;
 }
 
+/* a (T, F) from gu (T, 2F). */
 EXPORT int bench_swiglu(long repeat, long T, long F, const float *gu, float *a) {
-    for (long r = 0; r < repeat; r++) swiglu(T, F, gu, a);
-    return 0;
+    Pool pool = {.n = 0};
+    const num *x = factors(T, 2 * F, gu, &pool);
+    num *y = (num *)grab(&pool, T * even(F));
+    int failed = pool.failed;
+    for (long r = 0; r < repeat && !failed; r++) swiglu(T, F, x, y);
+    for (long t = 0; t < T && !failed; t++)
+        for (long i = 0; i < F; i++) a[t * F + i] = widen(y[t * even(F) + i]);
+    release(&pool);
+    return failed ? -1 : 0;
 }
 
+/* a (T, F) and dgu (T, 2F) of the first time, from gu and da: in place, so that a second time its
+ * input is what the first one made. */
 EXPORT int bench_swiglu_backward(long repeat, long T, long F, const float *gu, const float *da,
                                  float *a, float *dgu) {
-    for (long r = 0; r < repeat; r++) swiglu_backward(T, F, gu, da, a, dgu);
-    return 0;
+    Pool pool = {.n = 0};
+    num *x = (num *)grab(&pool, T * 2 * F), *y = (num *)grab(&pool, T * even(F));
+    int failed = pool.failed;
+    for (long r = 0; r < repeat && !failed; r++) {
+        if (r == 0) {
+            narrow(T, 2 * F, gu, 2 * F, x, 2 * F);
+            narrow(T, F, da, F, y, even(F));
+        }
+        swiglu_backward(T, F, x, y);
+        for (long t = 0; t < T && r == 0; t++) {
+            for (long i = 0; i < F; i++) a[t * F + i] = widen(y[t * even(F) + i]);
+            for (long i = 0; i < 2 * F; i++) dgu[t * 2 * F + i] = widen(x[t * 2 * F + i]);
+        }
+    }
+    release(&pool);
+    return failed ? -1 : 0;
 }
 
 /* out (T, D), log_sum (H, T) from qkv, rotated already; packing of keys and values included. */
@@ -147,10 +171,11 @@ EXPORT int bench_attention_backward(long repeat, const Shape *s, long T, const f
     Pool pool = {.n = 0};
     Backward w = backward_buffers(s, T, &pool);
     const num *x = factors(T, qkv_dim(s), qkv, &pool), *y = factors(T, s->dim, out, &pool);
+    const num *dy = factors(T, s->dim, d_out, &pool);
     int failed = pool.failed;
     for (long r = 0; r < repeat && !failed; r++) {
         fill_keys(s, T, x, &w.keys);
-        attention_backward(s, T, x, &w.keys, NULL, y, log_sum, d_out, dqkv, w.scratch);
+        attention_backward(s, T, x, &w.keys, NULL, y, log_sum, dy, dqkv, w.scratch);
     }
     release(&pool);
     return failed ? -1 : 0;

@@ -4,8 +4,9 @@
  *
  * Kept for backward per token: 2 D + H + 2 floats and D + (D + 2 KV hd) + 2 F factors of products.
  * What is cheap is done again instead of kept: both normalised inputs, the product in SwiGLU, the
- * probabilities. A result that becomes a factor is float first (`wide`), then a factor (`narrow`);
- * where factors are float32 both are one array and nothing is copied (gemm.c).
+ * probabilities. A product whose result is a factor writes it as one (gemm_num). What is worked on
+ * in between is float first (`wide`), then a factor (`narrow`); where factors are float32 both are
+ * one array and nothing is copied (gemm.c).
  */
 #include "kernels.h"
 
@@ -48,8 +49,7 @@ Forward forward_buffers(const Shape *s, long T, Pool *pool) {
     long room = round_up(T, NR), rows = at_most(CHUNK, T);
     f.n = (num *)grab(pool, rows * s->dim);
     f.act = (num *)grab(pool, rows * even(s->hidden_dim));
-    f.wide = grab(pool, PAIR == 1 ? 0 : rows * widest(s));
-    f.act_wide = grab(pool, PAIR == 1 ? 0 : rows * s->hidden_dim);
+    f.wide = grab(pool, PAIR == 1 ? 0 : rows * qkv_dim(s));
     f.z = grab(pool, scores_size(s, T));
     f.keys = (Keys){grab_words(pool, keys_size(s, room)), grab_words(pool, keys_size(s, room)),
                     room};
@@ -83,14 +83,12 @@ void block_forward(const Shape *s, long T, const Layer *w, const Packed *p, cons
     for (long t = 0; t < T; t += CHUNK) {
         long n = at_most(CHUNK, T - t);
         float *mid = a.mid + t * D, *normed = wide(f->n, f->wide);
-        float *gu = wide(a.gu + t * 2 * F, f->wide), *act = wide(f->act, f->act_wide);
+        num *gu = a.gu + t * 2 * F;
         gemm(n, D, D, rows_of(a.out + t * D, D), p->o, deep(D) * NR, mid, D, a.x + t * D, D);
         rmsnorm(n, D, mid, w->ffn_norm, s->norm_eps, normed, a.mid_scale + t);
         narrow(n, D, normed, D, f->n, D);
-        gemm(n, 2 * F, D, rows_of(f->n, D), p->gu, deep(D) * NR, gu, 2 * F, NULL, 0);
-        swiglu(n, F, gu, act);
-        narrow(n, 2 * F, gu, 2 * F, a.gu + t * 2 * F, 2 * F);
-        narrow(n, F, act, F, f->act, even(F));
+        gemm_num(n, 2 * F, D, rows_of(f->n, D), p->gu, deep(D) * NR, gu, 2 * F);
+        swiglu(n, F, gu, f->act);
         gemm(n, D, F, rows_of(f->act, even(F)), p->down, deep(F) * NR, next + t * D, D, mid, D);
     }
 }
@@ -118,10 +116,9 @@ Backward backward_buffers(const Shape *s, long T, Pool *pool) {
     long keys = keys_size(s, room), scores = BLOCK * scores_width(T), both = PAIR == 1 ? 0 : 1;
     Backward w;
     w.dx = grab(pool, T * D), w.dn = grab(pool, T * D);
-    w.d_act = grab(pool, T * even(F)), w.gu = grab(pool, both * 2 * T * F);
-    w.d_out = grab(pool, T * D), w.dqkv = grab(pool, T * E);
-    w.n = (num *)grab(pool, T * D), w.act = (num *)grab(pool, both * T * even(F));
-    w.dy = (num *)grab(pool, both * T * widest(s)), w.wide = grab(pool, both * T * D);
+    w.dqkv = grab(pool, T * E), w.d_out = (num *)grab(pool, T * D);
+    w.n = (num *)grab(pool, T * D), w.act = (num *)grab(pool, T * even(F));
+    w.dy = (num *)grab(pool, both * T * E), w.wide = grab(pool, both * T * D);
     w.left = grab_words(pool, round_up(widest(s), MR) * deep(T));
     w.right = grab_words(pool, panels(T, D > F ? D : F));
     w.keys = (Keys){grab_words(pool, keys), grab_words(pool, keys), room};
@@ -130,7 +127,6 @@ Backward backward_buffers(const Shape *s, long T, Pool *pool) {
     w.scratch.dz_num = (num *)grab(pool, both * scores);
     w.scratch.p_t = grab_words(pool, both * scores);
     w.scratch.dz_t = grab_words(pool, both * scores);
-    w.scratch.d_out_num = (num *)grab(pool, both * T * D);
     w.scratch.q = grab_words(pool, panels(BLOCK, head_dim(s)));
     w.scratch.d_out = grab_words(pool, panels(BLOCK, head_dim(s)));
     w.scratch.k = grab_words(pool, keys), w.scratch.v_t = grab_words(pool, keys);
@@ -155,18 +151,6 @@ static void norm_again(long T, long D, const float *x, const float *weight, cons
     narrow(T, D, n, D, w->n, D);
 }
 
-/* What was saved as a factor, as floats again: x (n) itself in float32. */
-static float *widened(long n, num *x, float *room) {
-#if PAIR == 1
-    (void)n, (void)room;
-    return x;
-#else
-#pragma omp simd
-    for (long i = 0; i < n; i++) room[i] = widen(x[i]);
-    return room;
-#endif
-}
-
 /* One block over one sequence: w->dx (T, D) holds the gradient of the block's output and leaves as
  * that of its input; weight gradients are added to g. The forward pass read from bottom to top. */
 void block_backward(const Shape *s, long T, const Layer *l, const Packed *p, const float *cos,
@@ -176,18 +160,16 @@ void block_backward(const Shape *s, long T, const Layer *l, const Packed *p, con
     /* next = mid + w_down swiglu(w_gu norm(mid)); act comes to stand where d_act stood, dgu where
      * gu did */
     const num *dy = narrowed(T, D, w->dx, w->dy);
-    gemm(T, F, D, rows_of(dy, D), p->down, deep(D) * NR, w->d_act, F, NULL, 0);
-    float *gu = widened(2 * T * F, a.gu, w->gu);
-    swiglu_backward(T, F, gu, w->d_act, w->d_act, gu);
-    weight_gradient(T, D, F, dy, narrowed(T, F, w->d_act, w->act), even(F), w, g.down);
+    gemm_num(T, F, D, rows_of(dy, D), p->down, deep(D) * NR, w->act, even(F));
+    swiglu_backward(T, F, a.gu, w->act);
+    weight_gradient(T, D, F, dy, w->act, even(F), w, g.down);
     if (g.gu) norm_again(T, D, a.mid, l->ffn_norm, a.mid_scale, w);
-    dy = narrowed(T, 2 * F, gu, w->dy);
-    weight_gradient(T, 2 * F, D, dy, w->n, D, w, g.gu);
-    gemm(T, D, 2 * F, rows_of(dy, 2 * F), p->gu, deep(2 * F) * NR, w->dn, D, NULL, 0);
+    weight_gradient(T, 2 * F, D, a.gu, w->n, D, w, g.gu);
+    gemm(T, D, 2 * F, rows_of(a.gu, 2 * F), p->gu, deep(2 * F) * NR, w->dn, D, NULL, 0);
     rmsnorm_backward(T, D, a.mid, l->ffn_norm, a.mid_scale, w->dn, w->dx, g.ffn_norm);
     /* mid = x + wo attention(rope(w_qkv norm(x))) */
     dy = narrowed(T, D, w->dx, w->dy);
-    gemm(T, D, D, rows_of(dy, D), p->o, deep(D) * NR, w->d_out, D, NULL, 0);
+    gemm_num(T, D, D, rows_of(dy, D), p->o, deep(D) * NR, w->d_out, D);
     weight_gradient(T, D, D, dy, a.out, D, w, g.o);
     fill_keys(s, T, a.qkv, &w->keys);
     attention_backward(s, T, a.qkv, &w->keys, segments, a.out, a.log_sum, w->d_out, w->dqkv,

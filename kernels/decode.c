@@ -439,13 +439,11 @@ static void fill_cache(const Generation *g, const Worker *w, long M, long positi
 }
 
 /* z (S) becomes exp(scale (z - max)); returns the sum. */
-static ALONE float exp_row(long S, float *z, float scale) {
-    float top = -INFINITY, sum = 0;
+static ALONE float exp_scores(long S, float *z, float scale) {
+    float top = -INFINITY;
 #pragma omp simd reduction(max : top)
     for (long i = 0; i < S; i++) top = z[i] > top ? z[i] : top;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < S; i++) sum += z[i] = exp_fast(scale * (z[i] - top));
-    return sum;
+    return exp_row(S, z, scale, top);
 }
 
 /* One query q (hd) against S keys: out (hd). format is a compile-time constant. z: (S up to NR). */
@@ -461,7 +459,7 @@ INLINE void attend_one(const int format, long hd, long S, long room, const float
             }
         for (int j = 0; j < NV; j++) store(z + s + j * VLEN, sum[0][j] + sum[1][j]);
     }
-    float part = 1.0f / exp_row(S, z, 1.0f / sqrtf((float)hd));
+    float part = 1.0f / exp_scores(S, z, 1.0f / sqrtf((float)hd));
     for (long i = 0; i < hd; i += NR) {
         vec sum[4][NV];
         float whole[NR];
@@ -522,7 +520,7 @@ static void attend_many(const Generation *g, const Worker *w, long M, long posit
             float part[BLOCK];
             for (long r = 0; r < n; r++) { /* row r sees all but the n - 1 - r last keys */
                 float *z = w->z + r * ld;
-                part[r] = 1.0f / exp_row(m - n + 1 + r, z, 1.0f / sqrtf((float)hd));
+                part[r] = 1.0f / exp_scores(m - n + 1 + r, z, 1.0f / sqrtf((float)hd));
                 memset(z + m - n + 1 + r, 0, (size_t)(n - 1 - r) * sizeof(float));
             }
             gemm(n, hd, m, rows_of(w->z, ld), w->v, up * NR, out, D, NULL, 0);
@@ -582,9 +580,9 @@ static void forward(Generation *g, Worker *w, long M, long position) {
         long to = at_most(share(tiles, w->thread + 1, n_threads) * ROWS, F);
         for (long m = 0; m < M; m++) {
             float *gate = g->gu + m * 2 * F, *up = gate + F;
-#pragma omp simd
-            for (long i = from; i < to; i++)
-                gate[i] = gate[i] / (1.0f + exp_fast(-gate[i])) * up[i];
+            for (long i = from; i < to; i += VLEN)
+                store_some(gate + i, silu_times(load_some(gate + i, to - i),
+                                                load_some(up + i, to - i)), to - i);
         }
         meet(&g->meeting, n_threads);
         if (M == 1) take(w, &y->w_down, g->gu, F);

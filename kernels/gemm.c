@@ -34,13 +34,15 @@
 
 #define KC 384 /* words of a panel's column used at a time: KC * NR * 4 bytes fit the L1 or L2 */
 
-/* One tile: c (rows, cols) = r + a b over K words. rows, vectors (of NV, what cols needs) and
- * contiguous are compile-time constants. */
+/* One tile: c (rows, cols) = r + a b over K words, or to = a b as factors where to is given. rows,
+ * vectors (of NV, what cols needs) and contiguous are compile-time constants. */
 INLINE void tile(const int rows, const int vectors, const int contiguous, long K, const word *a,
                  long ai, long ak, const word *b, float *c, long ldc, const float *r, long ldr,
-                 long cols) {
+                 num *to, long cols) {
     vec sum[MR][NV] = {{{0}}};
     const long row = contiguous ? 1 : ai, col = contiguous ? ak : 1;
+    for (int i = 0; r && i < rows; i++) /* asked for now, used when the sums are made */
+        for (int j = 0; j < vectors; j++) __builtin_prefetch(r + i * ldr + j * VLEN);
     for (long k = 0; k < K; k++, b += NR) {
         words right[NV];
         for (int j = 0; j < vectors; j++) right[j] = load_words(b + j * VLEN);
@@ -55,12 +57,17 @@ INLINE void tile(const int rows, const int vectors, const int contiguous, long K
             for (int j = 0; j < vectors; j++) store(whole[i] + j * VLEN, sum[i][j]);
         for (int i = 0; i < rows; i++)
             for (long j = 0; j < cols; j++)
-                c[i * ldc + j] = whole[i][j] + (r ? r[i * ldr + j] : 0.0f);
+                if (to) to[i * ldc + j] = narrow_one(whole[i][j]);
+                else c[i * ldc + j] = whole[i][j] + (r ? r[i * ldr + j] : 0.0f);
         return;
     }
     UNROLL
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++) {
+            if (to) {
+                narrow_vec(sum[i][j], to + i * ldc + j * VLEN);
+                continue;
+            }
             vec old = r ? load(r + i * ldr + j * VLEN) : (vec){0};
             store(c + i * ldc + j * VLEN, sum[i][j] + old);
         }
@@ -68,10 +75,11 @@ INLINE void tile(const int rows, const int vectors, const int contiguous, long K
 
 /* Two of its three constants are chosen here. */
 INLINE void tile_rows(const int rows, int contiguous, long K, const word *a, long ai, long ak,
-                      const word *b, float *c, long ldc, const float *r, long ldr, long cols) {
-    if (contiguous) tile(rows, NV, 1, K, a, ai, ak, b, c, ldc, r, ldr, cols);
-    else if (cols > VLEN) tile(rows, NV, 0, K, a, ai, ak, b, c, ldc, r, ldr, cols);
-    else tile(rows, 1, 0, K, a, ai, ak, b, c, ldc, r, ldr, cols);
+                      const word *b, float *c, long ldc, const float *r, long ldr, num *to,
+                      long cols) {
+    if (contiguous) tile(rows, NV, 1, K, a, ai, ak, b, c, ldc, r, ldr, to, cols);
+    else if (cols > VLEN) tile(rows, NV, 0, K, a, ai, ak, b, c, ldc, r, ldr, to, cols);
+    else tile(rows, 1, 0, K, a, ai, ak, b, c, ldc, r, ldr, to, cols);
 }
 
 /* The tallest tile that has a compiled copy and at most `left` rows: a sum of few of them makes
@@ -80,11 +88,12 @@ INLINE long tile_height(long left) {
     return left >= MR ? MR : left >= 8 && MR > 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-static void tile_of(long rows, int contiguous, long K, const word *a, long ai, long ak,
-                    const word *b, float *c, long ldc, const float *r, long ldr, long cols) {
-#define CASE(n)                                                             \
-    case n:                                                                 \
-        tile_rows(n, contiguous, K, a, ai, ak, b, c, ldc, r, ldr, cols);    \
+static ALONE void tile_of(long rows, int contiguous, long K, const word *a, long ai, long ak,
+                    const word *b, float *c, long ldc, const float *r, long ldr, num *to,
+                    long cols) {
+#define CASE(n)                                                                \
+    case n:                                                                    \
+        tile_rows(n, contiguous, K, a, ai, ak, b, c, ldc, r, ldr, to, cols);   \
         break;
     switch (rows) {
         CASE(MR) CASE(4) CASE(2) CASE(1)
@@ -95,6 +104,20 @@ static void tile_of(long rows, int contiguous, long K, const word *a, long ai, l
 #undef CASE
 }
 
+/* Words [k, k + depth) of the sum, all tiles. */
+static void tiles(long M, long N, long k, long depth, Left a, const word *b, long panel, float *c,
+                  long ldc, const float *r, long ldr, num *to) {
+    for (long j = 0; j < N; j += NR)
+        for (long i = 0, rows; i < M; i += rows) {
+            rows = tile_height(M - i);
+            tile_of(rows, a.row == 1 && a.col != 1, depth,
+                    a.p + i / MR * a.tile + i % MR * a.row + k * a.col, a.row, a.col,
+                    b + j / NR * panel + k * NR, c ? c + i * ldc + j : NULL, ldc,
+                    r ? r + i * ldr + j : NULL, ldr, to ? to + i * ldc + j : NULL,
+                    at_most(NR, N - j));
+        }
+}
+
 /* c (M, N; ldc) = r + a b, sums over K >= 1. a: see Left. b: panels, `panel` words from one to the
  * next (deep(K) * NR when packed for this product alone). r (M, N; ldr): NULL for 0, or c to
  * accumulate. */
@@ -102,16 +125,19 @@ void gemm(long M, long N, long K, Left a, const word *b, long panel, float *c, l
           const float *r, long ldr) {
     long W = deep(K), parts = (W + KC - 1) / KC, depth = (W + parts - 1) / parts; /* equal parts */
     for (long k = 0; k < W; k += depth) {
-        for (long j = 0; j < N; j += NR)
-            for (long i = 0, rows; i < M; i += rows) {
-                rows = tile_height(M - i);
-                tile_of(rows, a.row == 1 && a.col != 1, at_most(depth, W - k),
-                        a.p + i / MR * a.tile + i % MR * a.row + k * a.col, a.row, a.col,
-                        b + j / NR * panel + k * NR, c + i * ldc + j, ldc,
-                        r ? r + i * ldr + j : NULL, ldr, at_most(NR, N - j));
-            }
+        tiles(M, N, k, at_most(depth, W - k), a, b, panel, c, ldc, r, ldr, NULL);
         r = c, ldr = ldc; /* further parts of the sum add to what is there */
     }
+}
+
+/* The same for a result that is a factor of the next product: c (M, N; ldc) = a b. In bfloat16 the
+ * sum is in one part, since parts are added up as floats. */
+void gemm_num(long M, long N, long K, Left a, const word *b, long panel, num *c, long ldc) {
+#if PAIR == 1
+    gemm(M, N, K, a, b, panel, c, ldc, NULL, 0);
+#else
+    tiles(M, N, 0, deep(K), a, b, panel, NULL, ldc, NULL, 0, c);
+#endif
 }
 
 /* ------------------------------------------------------------------------------- operands */
@@ -190,7 +216,7 @@ void narrow(long T, long N, const float *x, long ldx, num *y, long ldy) {
 #else
     for (long t = 0; t < T; t++, x += ldx, y += ldy) {
         long i = 0;
-        for (; i + VLEN <= N; i += VLEN) narrow_vec(x + i, y + i);
+        for (; i + VLEN <= N; i += VLEN) narrow_vec(load(x + i), y + i);
         for (; i < N; i++) y[i] = narrow_one(x[i]);
         if (N % 2) y[N] = 0;
     }

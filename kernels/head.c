@@ -63,21 +63,20 @@ static void gather_job(void *task, int thread, int n_threads) {
     release(&pool);
 }
 
-/* Take the logits of one row's block, z (cols), into its running maximum top and sum = sum
- * exp(z - top). They become z / temperature - top. */
-static ALONE void take_in(float *z, long cols, float inverse, float *top, float *sum) {
-    float high = *top, more = 0;
-#pragma omp simd reduction(max : high)
-    for (long j = 0; j < cols; j++) {
-        z[j] *= inverse;
-        high = z[j] > high ? z[j] : high;
+/* Take the logits of one row's block, z (cols, rounded up to VLEN), into its running maximum top
+ * and sum = sum exp(z / temperature - top); kept (as large), or NULL: z / temperature - top. */
+static ALONE void take_in(float *z, long cols, float inverse, float *top, float *sum, num *kept) {
+    vec most = (vec){0} + *top, more = {0};
+    float *last = z + (cols - 1) / VLEN * VLEN;
+    store(last, first_lanes(load(last), z + cols - last, -INFINITY));
+    for (long j = 0; j < cols; j += VLEN) most = greater(inverse * load(z + j), most);
+    float high = max_of(most);
+    for (long j = 0; j < cols; j += VLEN) {
+        vec x = inverse * load(z + j) - high;
+        more += exp_fast(x);
+        if (kept) store_num(kept + j, x, VLEN);
     }
-#pragma omp simd reduction(+ : more)
-    for (long j = 0; j < cols; j++) {
-        z[j] -= high;
-        more += exp_fast(z[j]);
-    }
-    *sum = *sum * exp_fast(*top - high) + more;
+    *sum = *sum * expf(*top - high) + sum_of(more);
     *top = high;
 }
 
@@ -100,10 +99,10 @@ static void logprobs_job(void *task, int thread, int n_threads) {
             for (long r = 0; r < m; r++) {
                 long at = a->targets[n + r] - v;
                 if (at >= 0 && at < cols) target[r] = z[r * VB + at] / a->temperature;
-                take_in(z + r * VB, cols, 1.0f / a->temperature, top + r, sum + r);
+                take_in(z + r * VB, cols, 1.0f / a->temperature, top + r, sum + r,
+                        a->kept ? a->kept + (block + r) * VB : NULL);
                 if (a->kept) a->shifts[block + r] = top[r];
             }
-            if (a->kept) narrow(m, cols, z, VB, a->kept + block * VB, VB);
         }
         for (long r = 0; r < m; r++) {
             a->log_sum[n + r] = top[r] + logf(sum[r]);
@@ -142,18 +141,24 @@ EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64
 
 /* ------------------------------------------------------------------------------ backward */
 
-/* Logits of one row's block, z (cols), become their gradient; at: the target's column, if in it. */
-static ALONE void logits_gradient(float *z, long cols, long at, float inverse, float log_sum,
-                                  float factor) {
-#pragma omp simd
-    for (long j = 0; j < cols; j++) z[j] = -factor * exp_fast(z[j] * inverse - log_sum);
-    if (at >= 0 && at < cols) z[at] += factor;
+/* The gradient dz (cols) of one row's block of logits z (cols), or kept where it is given, both up
+ * to VLEN; dz may be z in float32. at: the target's column, if in it. */
+static ALONE void logits_gradient(const float *z, const num *kept, long cols, long at,
+                                  float inverse, float log_sum, float factor, num *dz) {
+    int here = at >= 0 && at < cols;
+    float target = !here ? 0 : kept ? widen(kept[at]) : z[at];
+    for (long j = 0; j < cols; j += VLEN) {
+        vec x = kept ? widen_vec(kept + j) : load(z + j);
+        store_num(dz + j, -factor * exp_fast(x * inverse - log_sum), VLEN);
+    }
+    if (here) dz[at] = narrow_one(factor - factor * expf(target * inverse - log_sum));
+    if (even(cols) > cols) dz[cols] = 0;
 }
 
-/* The block (m, cols) of gradients of logits at row n, token v: z (m, VB). h, w_t: its factors,
- * for logits that were not kept. */
+/* The block (m, cols) of gradients of logits at row n, token v: dz (m, VB). w_t and z (m, VB): for
+ * logits that were not kept. */
 static void gradient_block(const Head *a, long n, long m, long v, long cols, const word *w_t,
-                           float *z) {
+                           float *z, num *dz) {
     long ld = even(a->D), block = v / VB * a->N + n;
     const num *kept = a->kept ? a->kept + block * VB : NULL;
     float inverse = 1.0f / a->temperature;
@@ -161,11 +166,10 @@ static void gradient_block(const Head *a, long n, long m, long v, long cols, con
         gemm(m, round_up(cols, NR), a->D, rows_of(a->h + n * ld, ld), w_t, deep(a->D) * NR, z,
              VB, NULL, 0);
     for (long r = 0; r < m; r++) {
-        float *row = z + r * VB, factor = a->g[n + r] * inverse;
         float shift = kept ? a->shifts[block + r] : 0;
-        for (long j = 0; kept && j < cols; j++) row[j] = widen(kept[r * VB + j]);
-        logits_gradient(row, cols, a->targets[n + r] - v, kept ? 1 : inverse,
-                        a->log_sum[n + r] - shift, factor);
+        logits_gradient(z + r * VB, kept ? kept + r * VB : NULL, cols, a->targets[n + r] - v,
+                        kept ? 1 : inverse, a->log_sum[n + r] - shift, a->g[n + r] * inverse,
+                        dz + r * VB);
     }
 }
 
@@ -189,8 +193,7 @@ static void head_backward_job(void *task, int thread, int n_threads) {
         pack(cols, D, w_num, ld, w, deep(cols) * NR);
         for (long n = 0; n < a->N; n += NB) {
             long m = at_most(NB, a->N - n);
-            gradient_block(a, n, m, v, cols, w_t, z);
-            narrow(m, cols, z, VB, dz, VB);
+            gradient_block(a, n, m, v, cols, w_t, z, dz);
             gemm(m, D, cols, rows_of(dz, VB), w, deep(cols) * NR, part + n * D, D, part + n * D,
                  D);
             gemm(cols, D, m, columns(m, cols, dz, VB, dz_t), a->h_packed + n / PAIR * D_up,

@@ -49,6 +49,7 @@ INLINE long panels(long K, long N) { return round_up(N, NR) * deep(K); }
 
 void gemm(long M, long N, long K, Left a, const word *b, long panel, float *c, long ldc,
     const float *r, long ldr);
+void gemm_num(long M, long N, long K, Left a, const word *b, long panel, num *c, long ldc);
 void pack(long K, long N, const num *b, long ld, word *out, long panel);
 void pack_transposed(long K, long N, const num *b, long ld, word *out, long panel);
 void pack_left(long K, long M, const num *a, long ld, word *out);
@@ -86,8 +87,10 @@ void rmsnorm_backward(long T, long D, const float *x, const float *w, const floa
     const float *dy, float *dx, float *dw);
 void rotate(long n_heads, long hd, float *x, const float *cos, const float *sin, float direction);
 void rope(const Shape *s, long T, float *qkv, const float *cos, const float *sin, float direction);
-void swiglu(long T, long F, const float *gu, float *a);
-void swiglu_backward(long T, long F, const float *gu, const float *da, float *a, float *dgu);
+void swiglu(long T, long F, const num *gu, num *a);
+void swiglu_backward(long T, long F, num *gu, num *da);
+float exp_row(long n, float *z, float scale, float top);
+INLINE vec silu_times(vec g, vec u) { return g / (1.0f + exp_fast(-g)) * u; }
 
 /* ---------------------------------------------------------------------------------- attention.c */
 
@@ -130,20 +133,19 @@ typedef struct {
     float *z, *dz;          /* BLOCK * scores_width(T) each */
     num *p_num, *dz_num;    /* the same as factors */
     word *p_t, *dz_t;       /* and as left matrices of products that sum over queries */
-    num *d_out_num;         /* (T, D) */
     word *q, *d_out;        /* (hd / NR, BLOCK, NR): a block of queries, of d_out: right matrices */
     word *k, *v_t;          /* keys_size: keys as right matrix of dZ K, values of dO V^T */
 } AttentionScratch;
 
 void fill_keys(const Shape *s, long T, const num *qkv, const Keys *c);
-void exp_rows(long n, float *z, long ld, long t0, Span span, float scale, float *sums,
+void exp_rows(long n, float *z, long ld, long t0, Span span, float scale, num *p, float *sums,
     float *log_sum);
 void divide_rows(long n, long hd, float *out, long ld, const float *sums);
 void attention(const Shape *s, long T, const num *qkv, const Keys *c, const int64_t *segments,
     num *out, float *log_sum, float *z);
 void attention_backward(const Shape *s, long T, const num *qkv, const Keys *c,
-    const int64_t *segments, const num *out, const float *log_sum, const float *d_out,
-    float *dqkv, AttentionScratch x);
+    const int64_t *segments, const num *out, const float *log_sum, const num *d_out, float *dqkv,
+    AttentionScratch x);
 
 /* ------------------------------------------------------------------------------------ weights.c */
 
@@ -180,7 +182,7 @@ typedef struct {
 typedef struct {
     num *n;     /* (CHUNK, D): a normalised input */
     num *act;   /* (CHUNK, even(F)): swiglu's output */
-    float *wide, *act_wide; /* (CHUNK, widest), (CHUNK, F): results before they are factors */
+    float *wide; /* (CHUNK, D + 2 KV hd): results before they are factors */
     float *z;   /* scores of a block of queries */
     Keys keys;
 } Forward;
@@ -194,10 +196,9 @@ typedef struct {
 /* Buffers of one thread in the backward pass. */
 typedef struct {
     float *dx, *dn;          /* (T, D): the running gradient; that of a normalised input */
-    float *d_act, *gu;       /* (T, F), (T, 2F) */
-    float *d_out, *dqkv;     /* (T, D), (T, D + 2 KV hd) */
+    float *dqkv;             /* (T, D + 2 KV hd) */
     num *n, *act;            /* (T, D), (T, even(F)): factors that the forward pass had */
-    num *dy;                 /* (T, widest): a gradient as factor */
+    num *dy, *d_out;         /* (T, D + 2 KV hd), (T, D): gradients as factors */
     float *wide;             /* (T, D) */
     word *left, *right;      /* both factors of a weight gradient, packed */
     Keys keys;

@@ -1,9 +1,10 @@
 /* The small parts of a block, forward and backward: RMSNorm, RoPE, SwiGLU.
  *
  * Each is a few operations per number, so alone its time is that of moving its numbers. Here they
- * stay in the core's own cache between the matrix products before and after. The simple loops
- * below are the naive nests and the fast version at once: `omp simd` lets the compiler turn each
- * into vector code (it permits the sums to be added in another order; it starts no threads).
+ * stay in the core's own cache between the matrix products before and after. Loops without a sum
+ * are the naive nest and the fast version at once: `omp simd` lets the compiler turn them into
+ * vector code (it starts no threads). Sums and exponentials are written in vectors (machine.h):
+ * load_some and load_num read 0 behind a row's end.
  */
 #include "kernels.h"
 
@@ -15,10 +16,12 @@
 ALONE void rmsnorm(long T, long D, const float *x, const float *w, float eps, float *y,
                    float *scale) {
     for (long t = 0; t < T; t++, x += D, y += D) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < D; i++) sum += x[i] * x[i];
-        float s = 1.0f / sqrtf(sum / (float)D + eps);
+        vec sum = {0};
+        for (long i = 0; i < D; i += VLEN) {
+            vec v = load_some(x + i, D - i);
+            sum += v * v;
+        }
+        float s = 1.0f / sqrtf(sum_of(sum) / (float)D + eps);
         if (scale) scale[t] = s;
 #pragma omp simd
         for (long i = 0; i < D; i++) y[i] = x[i] * s * w[i];
@@ -43,10 +46,11 @@ ALONE void rmsnorm_again(long T, long D, const float *x, const float *w, const f
 ALONE void rmsnorm_backward(long T, long D, const float *x, const float *w, const float *scale,
                             const float *dy, float *dx, float *dw) {
     for (long t = 0; t < T; t++, x += D, dy += D, dx += D) {
-        float s = scale[t], sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < D; i++) sum += dy[i] * w[i] * x[i];
-        float common = sum * s * s * s / (float)D;
+        float s = scale[t];
+        vec sum = {0};
+        for (long i = 0; i < D; i += VLEN)
+            sum += load_some(dy + i, D - i) * load_some(w + i, D - i) * load_some(x + i, D - i);
+        float common = sum_of(sum) * s * s * s / (float)D;
 #pragma omp simd
         for (long i = 0; i < D; i++) {
             dx[i] += s * dy[i] * w[i] - common * x[i];
@@ -82,26 +86,44 @@ ALONE void rope(const Shape *s, long T, float *qkv, const float *cos, const floa
 /* -------------------------------------------------------------------------------- SwiGLU
  *     a = silu(g) u,   silu(g) = g sigma(g)                                         [GLU Eq.6] */
 
-/* a (T, F) from gu (T, 2F): a row holds its F gates, then its F ups. */
-ALONE void swiglu(long T, long F, const float *gu, float *a) {
-    for (long t = 0; t < T; t++, gu += 2 * F, a += F)
-#pragma omp simd
-        for (long i = 0; i < F; i++) a[i] = gu[i] / (1.0f + exp_fast(-gu[i])) * gu[F + i];
+/* a (T, F; even(F)) from gu (T, 2F): a row holds its F gates, then its F ups. */
+ALONE void swiglu(long T, long F, const num *gu, num *a) {
+    for (long t = 0; t < T; t++, gu += 2 * F, a += even(F)) {
+        for (long i = 0; i < F; i += VLEN)
+            store_num(a + i, silu_times(load_num(gu + i, F - i), load_num(gu + F + i, F - i)),
+                      F - i);
+        if (even(F) > F) a[F] = 0;
+    }
 }
 
-/* a (T, F) again, and dgu (T, 2F) from da (T, F); a may be da, and dgu gu:
+/* In place: gu (T, 2F) becomes its gradient, and da (T, F; even(F)) a, which the forward pass had:
  *
  *     du = da silu(g),   dg = da u silu'(g) = da u sigma(g) (1 + g (1 - sigma(g))),
  *
  * from sigma' = sigma (1 - sigma). */
-ALONE void swiglu_backward(long T, long F, const float *gu, const float *da, float *a, float *dgu) {
-    for (long t = 0; t < T; t++, gu += 2 * F, dgu += 2 * F, a += F, da += F)
-#pragma omp simd
-        for (long i = 0; i < F; i++) {
-            float g = gu[i], u = gu[F + i], d = da[i], sigma = 1.0f / (1.0f + exp_fast(-g));
-            a[i] = g * sigma * u;
-            dgu[i] = d * u * sigma * (1.0f + g * (1.0f - sigma));
-            dgu[F + i] = d * g * sigma;
+ALONE void swiglu_backward(long T, long F, num *gu, num *da) {
+    for (long t = 0; t < T; t++, gu += 2 * F, da += even(F)) {
+        for (long i = 0; i < F; i += VLEN) {
+            long n = F - i;
+            vec g = load_num(gu + i, n), u = load_num(gu + F + i, n), d = load_num(da + i, n);
+            vec sigma = 1.0f / (1.0f + exp_fast(-g));
+            store_num(da + i, g * sigma * u, n);
+            store_num(gu + i, d * u * sigma * (1.0f + g * (1.0f - sigma)), n);
+            store_num(gu + F + i, d * g * sigma, n);
         }
+        if (even(F) > F) da[F] = 0;
+    }
 }
 
+/* ------------------------------------------------------------------------------- softmax */
+
+/* z (n) becomes exp(scale (z - top)); returns the sum. */
+ALONE float exp_row(long n, float *z, float scale, float top) {
+    vec sum = {0};
+    for (long i = 0; i < n; i += VLEN) {
+        vec e = exp_fast(scale * (load_some(z + i, n - i) - top));
+        store_some(z + i, e, n - i);
+        sum += first_lanes(e, n - i, 0);
+    }
+    return sum_of(sum);
+}

@@ -8,8 +8,10 @@
 #define MACHINE_H
 
 #define _GNU_SOURCE /* cores by number: take_core */
-#if defined(BFLOAT16) && defined(__AVX512BF16__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 #include <math.h>
 #include <pthread.h>
@@ -45,8 +47,13 @@
 #endif
 #define NR (NV * VLEN)     /* columns of one tile */
 #define INLINE static inline __attribute__((always_inline))
-/* Compiled on its own: inlined into a larger function, GCC 12 leaves some loops as scalar code. */
+/* Compiled once and on its own: inlined into a larger function, GCC 12 leaves some loops as scalar
+ * code. */
+#if defined(__clang__)
 #define ALONE __attribute__((noinline))
+#else
+#define ALONE __attribute__((noinline, noclone))
+#endif
 /* The next loop fully: without it the sums of a tile go through memory once more when it ends. */
 #define UNROLL _Pragma("GCC unroll 16")
 #define EXPORT __attribute__((visibility("default"))) /* called from Python; all else is hidden */
@@ -57,7 +64,8 @@ typedef float vec_anywhere __attribute__((vector_size(VLEN * 4), aligned(4), may
 INLINE vec load(const float *p) { return *(const vec_anywhere *)p; }
 INLINE void store(float *p, vec v) { *(vec_anywhere *)p = v; }
 
-/* ------------------------------------------------------- the factors of a matrix product */
+typedef uint32_t uvec __attribute__((vector_size(VLEN * 4)));
+typedef uint16_t shorts __attribute__((vector_size(VLEN * 2), aligned(2), may_alias));
 
 INLINE float as_float(uint32_t bits) {
     float x;
@@ -65,10 +73,31 @@ INLINE float as_float(uint32_t bits) {
     return x;
 }
 
-/* Both factors of every matrix product are of type num: float, or with -DBFLOAT16 bfloat16, the
- * upper half of a float: its sign, its 8 bits of exponent, 7 of its 23 bits of fraction. The range
- * is float's, so no loss ever needs scaling; the error is at most 1/256 of a number. Sums, the
- * residual stream, norms, softmax, gradients and weights stay float in both.
+/* bfloat16 is the upper half of a float: its sign, its 8 bits of exponent, 7 of its 23 bits of
+ * fraction. */
+INLINE float widen_bf16(uint16_t h) { return as_float((uint32_t)h << 16); }
+INLINE uint16_t narrow_bf16(float x) { /* to the nearest, ties to even; nan stays nan */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return (uint16_t)((x == x ? rounded : bits | 0x400000) >> 16);
+}
+INLINE vec load_bf16(const uint16_t *p) {
+#if defined(__AVX512F__) /* GCC 12 makes five instructions of the last line */
+    __m256i bits = _mm256_loadu_si256((const __m256i *)p);
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
+    return (vec)(__builtin_convertvector(*(const shorts *)p, uvec) << 16);
+#endif
+}
+
+/* ------------------------------------------------------- the factors of a matrix product */
+
+/* Both factors of every matrix product are of type num: float, or with -DBFLOAT16 bfloat16. The
+ * range is float's, so no loss ever needs scaling; the error is at most 1/256 of a number. Sums,
+ * the residual stream, norms, softmax, and the gradients of weights stay float in both.
  *
  * Products read words of 32 bits: a float, or PAIR = 2 neighbours along the sum, which is what one
  * lane of the processor's dot product takes. So one word of code serves both types:
@@ -84,16 +113,8 @@ typedef uint32_t words __attribute__((vector_size(VLEN * 4)));
 typedef uint32_t words_anywhere
     __attribute__((vector_size(VLEN * 4), aligned(4), may_alias));
 
-INLINE float widen(num x) { return as_float((uint32_t)x << 16); }
-
-/* The nearest bfloat16, of two equally near the even one; nan stays nan. */
-INLINE num narrow_one(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    return (num)((x == x ? rounded : bits | 0x400000) >> 16);
-}
-
+INLINE float widen(num x) { return widen_bf16(x); }
+INLINE num narrow_one(float x) { return narrow_bf16(x); }
 INLINE word pair(num lo, num hi) { return lo | (word)hi << 16; }
 
 #ifdef __AVX512BF16__
@@ -102,19 +123,19 @@ INLINE vec dot(vec sum, word left, words right) {
     __m512i both = _mm512_set1_epi32((int)left);
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)right);
 }
-INLINE void narrow_vec(const float *x, num *y) { /* VLEN numbers */
-    __m256i bits = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x));
-    _mm256_storeu_si256((__m256i *)y, bits);
+INLINE void narrow_vec(vec x, num *y) { /* VLEN numbers */
+    _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 #else /* the same sums, on float's multiply-add: right but no faster than float */
 INLINE vec dot(vec sum, word left, words right) {
     sum += as_float(left & 0xffff0000u) * (vec)(right & 0xffff0000u);
     return sum + as_float(left << 16) * (vec)(right << 16);
 }
-INLINE void narrow_vec(const float *x, num *y) {
+INLINE void narrow_vec(vec x, num *y) {
     for (int i = 0; i < VLEN; i++) y[i] = narrow_one(x[i]);
 }
 #endif
+INLINE vec widen_vec(const num *p) { return load_bf16(p); }
 
 #else /* float */
 #define PAIR 1
@@ -126,6 +147,8 @@ typedef vec_anywhere words_anywhere;
 
 INLINE float widen(num x) { return x; }
 INLINE num narrow_one(float x) { return x; }
+INLINE void narrow_vec(vec x, num *y) { store(y, x); }
+INLINE vec widen_vec(const num *p) { return load(p); }
 INLINE vec dot(vec sum, word left, words right) { return sum + left * right; }
 #endif
 
@@ -135,21 +158,95 @@ INLINE vec dot(vec sum, word left, words right) { return sum + left * right; }
 
 INLINE words load_words(const word *p) { return *(const words_anywhere *)p; }
 
+/* --------------------------------------------------------------------- arithmetic on vectors */
+
+typedef int32_t ivec __attribute__((vector_size(VLEN * 4)));
+
+/* The greater one of each lane; b where one of them is nan. */
+INLINE vec greater(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    ivec first = a > b;
+    return (vec)((first & (ivec)a) | (~first & (ivec)b));
+#endif
+}
+
+/* x in the first n lanes, y in the others. */
+INLINE vec first_lanes(vec x, long n, float y) {
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ivec first;
+    memcpy(&first, numbers, sizeof first);
+    first = first < (int32_t)n;
+    return (vec)((first & (ivec)x) | (~first & (ivec)((vec){0} + y)));
+}
+
+/* Sum and maximum over the lanes, halving: lanes one after another would wait for each other. */
+INLINE float sum_of(vec v) {
+    UNROLL
+    for (int half = VLEN / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    return v[0];
+}
+INLINE float max_of(vec v) {
+    UNROLL
+    for (int half = VLEN / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+    return v[0];
+}
+
+/* The nearest whole number of |x| < 2^22, ties to even: where 1.5 2^23 is added, the last bit of a
+ * float is worth 1, and the bits are those of the integer plus WHOLE_BITS. */
+#define WHOLE 12582912.0f
+#define WHOLE_BITS 0x4B400000
+
 /* e^x to 2 units in the last place; 0 below -87.7 (so a masked score of -inf weighs exactly 0), at
- * most e^88, nan stays nan. Without a branch, so that loops over it become vector code.
+ * most e^88, nan stays nan.
  *
  *     x = n ln 2 + r, |r| <= ln 2 / 2;   e^x = 2^n e^r;   e^r by its Taylor polynomial. */
-INLINE float exp_fast(float x) {
-    float y = x < -88.0f ? -88.0f : x; /* then n = -127, whose 2^n comes out as 0 below */
-    y = y > 88.0f ? 88.0f : y;
-    float n = rintf(y * 1.44269504f);
-    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: exact n * hi */
-    float p = 1.0f + r * (1.0f + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 +
-              r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23; /* 2^n: the exponent field of a float */
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
+INLINE vec exp_fast(vec x) {
+    vec least = (vec){0} - 88.0f;           /* there n = -127, whose 2^n comes out as 0 */
+    vec y = -greater(least, -greater(least, x));
+    vec shifted = y * 1.44269504f + WHOLE, n = shifted - WHOLE;
+    vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: exact n * hi */
+    vec p = 1.0f + r * (1.0f + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 +
+            r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
+    uvec power = ((uvec)shifted - (WHOLE_BITS - 127)) << 23; /* the exponent field of a float */
+    return p * (vec)power;
+}
+
+/* n numbers, VLEN if there are more; behind them 0 is read and nothing written. */
+INLINE vec load_num(const num *p, long n) {
+    num some[VLEN] = {0};
+    if (n >= VLEN) return widen_vec(p);
+    memcpy(some, p, (size_t)n * sizeof(num));
+    return widen_vec(some);
+}
+INLINE void store_num(num *p, vec v, long n) {
+    num some[VLEN];
+    if (n >= VLEN) {
+        narrow_vec(v, p);
+        return;
+    }
+    narrow_vec(v, some);
+    memcpy(p, some, (size_t)n * sizeof(num));
+}
+INLINE vec load_some(const float *p, long n) { /* the same for floats */
+    float some[VLEN] = {0};
+    if (n >= VLEN) return load(p);
+    memcpy(some, p, (size_t)n * sizeof(float));
+    return load(some);
+}
+INLINE void store_some(float *p, vec v, long n) {
+    float some[VLEN];
+    if (n >= VLEN) {
+        store(p, v);
+        return;
+    }
+    store(some, v);
+    memcpy(p, some, (size_t)n * sizeof(float));
 }
 
 INLINE long round_up(long n, long to) { return (n + to - 1) / to * to; }
@@ -296,19 +393,7 @@ static inline void in_company(Job job, void *task, int n_threads) {
 
 /* ------------------------------------------------------ numbers of 16, 8 and 4 bits: decoding */
 
-typedef int32_t ivec __attribute__((vector_size(VLEN * 4)));
 typedef int32_t ivec_anywhere __attribute__((vector_size(VLEN * 4), aligned(4), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(VLEN * 4)));
-typedef uint16_t shorts __attribute__((vector_size(VLEN * 2), aligned(2), may_alias));
-
-/* bfloat16 is the upper half of a float32. */
-INLINE float widen_bf16(uint16_t h) { return as_float((uint32_t)h << 16); }
-INLINE uint16_t narrow_bf16(float f) { /* to the nearest, ties to even; nan stays nan */
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    if (f != f) return (uint16_t)(u >> 16 | 64);
-    return (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
-}
 
 /* float16: 1 sign, 5 exponent, 10 mantissa bits. Moved to a float's places, the exponent is too
  * small by 112, which a multiplication mends, for subnormal numbers too. */
@@ -316,20 +401,6 @@ INLINE float widen_fp16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7FFF) << 13;
     if (rest >= 0x0F800000) return as_float(sign | 0x70000000 | rest); /* inf, nan */
     return as_float(sign | 0x77800000) * as_float(rest);
-}
-
-#if defined(__F16C__) || defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#endif
-
-INLINE vec load_bf16(const uint16_t *p) {
-#if defined(__AVX2__) && VLEN == 8 /* GCC 12 makes five instructions of the line below */
-    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
-#else
-    return (vec)(__builtin_convertvector(*(const shorts *)p, uvec) << 16);
-#endif
 }
 
 INLINE vec load_fp16(const uint16_t *p) {
@@ -344,21 +415,12 @@ INLINE vec load_fp16(const uint16_t *p) {
 #endif
 }
 
-/* The nearest whole number of |x| < 2^22, ties to even, as it is and as an integer: where 1.5 2^23
- * is added, the last bit of a float is worth 1. */
-#define WHOLE 12582912.0f
 INLINE float whole(float x) { return (x + WHOLE) - WHOLE; }
 INLINE int32_t whole_int(float x) { /* anything for nan */
     float y = x + WHOLE;
     int32_t bits;
     memcpy(&bits, &y, 4);
-    return bits - 0x4B400000;
-}
-
-INLINE float sum_of(vec v) {
-    float sum = 0;
-    for (int i = 0; i < VLEN; i++) sum += v[i];
-    return sum;
+    return bits - WHOLE_BITS;
 }
 
 /* Products of whole numbers: 16 rows of a matrix times 32 columns, start + sum_k w[r][k] x[k], one

@@ -89,16 +89,14 @@ static long nucleus(long V, const float *p, float top_p, float u, float *kept, C
  * plain distribution at this temperature (1 if greedy), whatever top_p. kept, c (V): scratch. */
 ALONE long draw(long V, float *z, float temperature, float top_p, float u, float *kept,
                 Candidate *c, float *logp) {
-    float divisor = temperature == 0 ? 1.0f : temperature, top = -INFINITY, sum = 0;
+    float divisor = temperature == 0 ? 1.0f : temperature, top = -INFINITY;
     long token = temperature > 0 ? 0 : argmax(V, z);
 #pragma omp simd reduction(max : top)
     for (long v = 0; v < V; v++) {
         z[v] /= divisor;
         top = z[v] > top ? z[v] : top;
     }
-#pragma omp simd reduction(+ : sum)
-    for (long v = 0; v < V; v++) sum += z[v] = exp_fast(z[v] - top);
-    float part = 1.0f / sum;
+    float part = 1.0f / exp_row(V, z, 1, top);
 #pragma omp simd
     for (long v = 0; v < V; v++) z[v] *= part;
     if (temperature > 0) token = top_p < 1 ? nucleus(V, z, top_p, u, kept, c) : invert(V, z, u);
@@ -137,9 +135,9 @@ typedef struct {
 
 /* Buffers of one thread for M rows at a time. */
 typedef struct {
-    float *x, *qkv, *gu, *act, *logits; /* (M, D), ... as in block.c; (M, V) */
+    float *x, *qkv, *logits;            /* (M, D), (M, D + 2 KV hd), (M, V) */
     float *wide;                        /* (M, D): a result before it is a factor */
-    num *n, *qkv_num, *out, *act_num;   /* factors; act_num (M, even(F)) */
+    num *n, *qkv_num, *out, *gu, *act;  /* factors; gu (M, 2F), act (M, even(F)) */
     float *z, *sums, *log_sum; /* one row's scores: (group, width), (group), (group) */
     num *p;                    /* the same as factors */
     float *kept;
@@ -150,10 +148,10 @@ static Step step_buffers(const Shape *s, long M, long room, Pool *pool) {
     Step w;
     long D = s->dim, V = s->vocab_size, group = s->n_heads / s->n_kv_heads;
     long width = group * scores_width(room), F = s->hidden_dim;
-    w.x = grab(pool, M * D), w.qkv = grab(pool, M * qkv_dim(s)), w.gu = grab(pool, M * 2 * F);
+    w.x = grab(pool, M * D), w.qkv = grab(pool, M * qkv_dim(s));
     w.wide = grab(pool, M * D);
     w.n = (num *)grab(pool, M * D), w.out = (num *)grab(pool, M * D);
-    w.act_num = (num *)grab(pool, M * even(F)), w.act = wide(w.act_num, grab(pool, M * F));
+    w.gu = (num *)grab(pool, M * 2 * F), w.act = (num *)grab(pool, M * even(F));
     w.qkv_num = PAIR == 1 ? (num *)w.qkv : (num *)grab(pool, M * qkv_dim(s));
     w.logits = grab(pool, M * V);
     w.z = grab(pool, width), w.p = PAIR == 1 ? (num *)w.z : (num *)grab(pool, width);
@@ -195,8 +193,8 @@ static void attend(const Shape *s, const num *qkv, long position, const Keys *c,
         float *to = wide(out + at, w->wide);
         gemm(group, round_up(span.to, NR), hd, rows_of(qkv + at, hd), keys_of(s, c, j),
              deep(hd) * NR, w->z, ld, NULL, 0);
-        exp_rows(group, w->z, ld, position, span, 1.0f / sqrtf((float)hd), w->sums, w->log_sum);
-        narrow(group, span.to, w->z, ld, w->p, ld);
+        exp_rows(group, w->z, ld, position, span, 1.0f / sqrtf((float)hd), w->p, w->sums,
+                 w->log_sum);
         gemm(group, hd, span.to, rows_of(w->p, ld), values_of(s, c, j), deep(c->room) * NR, to,
              hd, NULL, 0);
         divide_rows(group, hd, to, hd, w->sums);
@@ -232,10 +230,9 @@ static void step(const Rollout *g, long M, Row *const *rows, const Step *w) {
         }
         gemm(M, D, D, rows_of(w->out, D), p->o, deep(D) * NR, w->x, D, w->x, D);
         norm_rows(g, M, y->ffn_norm, w);
-        gemm(M, 2 * F, D, rows_of(w->n, D), p->gu, deep(D) * NR, w->gu, 2 * F, NULL, 0);
+        gemm_num(M, 2 * F, D, rows_of(w->n, D), p->gu, deep(D) * NR, w->gu, 2 * F);
         swiglu(M, F, w->gu, w->act);
-        narrow(M, F, w->act, F, w->act_num, even(F));
-        gemm(M, D, F, rows_of(w->act_num, even(F)), p->down, deep(F) * NR, w->x, D, w->x, D);
+        gemm(M, D, F, rows_of(w->act, even(F)), p->down, deep(F) * NR, w->x, D, w->x, D);
     }
 }
 

@@ -10,6 +10,7 @@ import torch
 
 import kernels
 import kernels.__main__ as bench
+import model as M
 from kernels import build, native, ops, peers
 
 try:
@@ -100,7 +101,7 @@ def test_the_rate_is_the_work_over_the_time_of_all_repetitions():
 
 
 OURS = [(task, entry) for tasks in peers.TASKS.values() for task, (_, entries) in tasks.items()
-        for entry in entries if entry.package is None and entry.name != "ours, C float32"]
+        for entry in entries if entry.name.startswith("ours") and entry.name != "ours, C float32"]
 
 
 @pytest.mark.parametrize("task, entry", [pytest.param(*o, id=f"{o[0]}, {o[1].name}") for o in OURS])
@@ -182,22 +183,70 @@ def test_ratios_are_taken_round_by_round_against_the_counterpart(capsys):
     assert "250 (100-400)" in line and "2.50x (2.00-3.00)" in line
 
 
-def test_a_token_reads_all_weights_but_the_embeddings(capsys):
-    """Blocks 4 x 32 x 32 + 3 x 32 x 32 + 3 norms of 32 = 7264, head 100 x 32: 41,856 bytes."""
-    limits = bench.Limits(1, 1, 1, 1, {"memory": 83.712e9}, {})
+@pytest.mark.parametrize("path, flops", [("c", 2 * 240 * 384 * 384), ("torch", 2 * 1024**3)])
+def test_the_limit_of_a_step_is_as_many_operations_in_products_alone(path, flops, monkeypatch):
+    """16 products a piece, on each of 2 threads in C; as tokens of a step."""
+    if COMPILED and path == "c":
+        pytest.skip(COMPILED)
+    monkeypatch.setattr(ops, "repeated", lambda function: lambda repeat: function())
+    done = ticks(peers.product_alone, replace(JOB, path=path, threads=2))
+    cores = 2 if path == "c" else 1
+    assert done == [pytest.approx(16 * cores * flops / peers.flops_per_token(TINY))]
+
+
+@needs_c
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_limit_of_decoding_reads_as_many_bytes_as_the_weights_have(threads, monkeypatch):
+    """Per token once, in parts that together are the size, up to 1024 numbers a thread more."""
+    read, call = [], ops.call
+    monkeypatch.setattr(ops, "call", lambda *given: read.append(given) or call(*given))
+    job = replace(JOB, threads=threads, dtype="int8", config=M.PRESETS["110m"])
+    assert ticks(peers.reading_alone, job) == [5]
+    assert {(name, repeat) for name, repeat, *_ in read} == {("bench_read", 5)}
+    more = sum(4 * given[2] for given in read) - peers.bytes_per_token(job.config, "int8")
+    assert 0 <= more < 4 * 1024 * threads
+
+
+def ticks(function, job) -> list:
+    """What a contestant says of its first piece of work."""
+    done = []
+
+    def tick(amount):
+        done.append(amount)
+        raise peers.Finished
+
+    with pytest.raises(peers.Finished):
+        function(tick, job)
+    return done
+
+
+@pytest.mark.parametrize("dtype, size", [("fp32", 4 * 7168 + 4 * 3200), ("bf16", 2 * 10368),
+                                         ("int8", 10368 * 34 / 32),
+                                         ("int4", 7168 * 18 / 32 + 3200 * 34 / 32)])
+def test_a_token_reads_all_weights_but_the_embeddings(dtype, size):
+    """Blocks 4 x 32 x 32 + 3 x 32 x 32 = 7168, head 100 x 32; the 96 numbers of norms count too."""
     config = replace(TINY, n_layers=1, n_heads=1, n_kv_heads=1, hidden_dim=32, vocab_size=100)
-    peers.share_of_bandwidth([peers.Result("ours, C fp32", [1e6])], replace(JOB, config=config),
-                             limits)
-    assert "41.9 GB/s; that is 50% of what memory gives" in capsys.readouterr().out
+    assert size < peers.bytes_per_token(config, dtype) <= size + 4 * 96
 
 
-def test_a_token_of_t1_costs_six_million_operations(capsys):
+def test_a_token_of_t1_costs_six_million_operations():
     """6 (4 (128 x 256 + 128 x 128 + 3 x 128 x 352) + 128 x 1024) + 6 x 4 x 128 x 256 = 5,996,544"""
+    assert peers.flops_per_token(peers.SHAPES["T1"][0]) == 5_996_544
+
+
+def test_the_share_of_a_limit_is_taken_round_by_round(capsys):
+    """1 of 2, 3 of 4, 6 of 8: 75%. And a limit of int4's is not one of int8's."""
     config, rows = peers.SHAPES["T1"]
-    limits = bench.Limits(4e9, 2e9, 1e9, 5e8, {}, {})
-    peers.share_of_limits(peers.Result("ours", [1000.0]), replace(JOB, config=config), limits)
-    out = capsys.readouterr().out
-    assert "6.00 MFLOP per token, 6 GFLOP/s" in out and "600% of PyTorch's float32" in out
+    peers.show_limits([peers.Result("ours, C", [1000.0, 3000.0, 6000.0]),
+                       peers.Result("limit: theirs", [2000.0, 4000.0, 8000.0])],
+                      replace(JOB, config=config))
+    assert capsys.readouterr().out == ("ours, C: 6.00 MFLOP per token, 18 GFLOP/s; 75% of "
+                                       "theirs\n")
+    peers.show_limits([peers.Result("ours, C int4", [100.0]), peers.Result("ours, C int8", [90.0]),
+                       peers.Result("limit: reading int4", [125.0], against="ours, C int4")],
+                      replace(JOB, config=M.PRESETS["15m"]))
+    assert capsys.readouterr().out == ("ours, C int4: 13 MiB of weights per token, 1.3 GB/s; 80% "
+                                       "of reading int4\n")
 
 
 def test_what_is_not_installed_is_left_out_and_named(monkeypatch, capsys):
