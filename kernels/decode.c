@@ -24,8 +24,10 @@
  * under a microsecond as long as each thread has its core. Small things (norm, the input's steps)
  * each thread does for itself, which is cheaper than to wait for another.
  *
- * A prompt is read by the same code in matrix form, up to MANY tokens at a time: a block of weights
- * is unpacked to float32 into the first-level cache and multiplied by all tokens (gemm.c).
+ * A prompt is read up to MANY tokens at a time, so that memory is read once for all: each tile, or
+ * row, is multiplied by one token after the other while it is in the core's cache. From FEW tokens
+ * on fp32 and bf16 are faster in matrix form: a block of weights is laid out in panels in float32
+ * and multiplied by all tokens (gemm.c). int8 and int4 never are, their product is the faster one.
  */
 #include "kernels.h"
 
@@ -35,8 +37,9 @@ enum { FP32, BF16, FP16, INT8, INT4 }; /* mirrors FORMATS in decode.py */
 
 #define GROUP 32  /* columns that share a step */
 #define MANY 128  /* tokens of a prompt at a time */
-#define DEPTH 256 /* columns of a block of weights unpacked at a time */
-#define WIDTH 32  /* its rows: a multiple of ROWS and of every NR */
+#define FEW 16    /* so many are not worth panels */
+#define DEPTH 256 /* columns of a block of weights laid out at a time */
+#define WIDTH 32  /* its rows: a multiple of every NR */
 
 /* ------------------------------------------------------------------------------ matrices */
 
@@ -50,6 +53,7 @@ INLINE long groups_of(long cols) { return (cols + GROUP - 1) / GROUP; }
 INLINE long group_bytes(long format) { /* of one tile: ROWS steps, ROWS x GROUP numbers */
     return ROWS * 2 + (format == INT8 ? ROWS * GROUP : ROWS * GROUP / 2);
 }
+INLINE int is_tiled(const Matrix *m) { return m->format == INT8 || m->format == INT4; }
 INLINE long tiles_of(const Matrix *m) { return (m->rows + ROWS - 1) / ROWS; }
 INLINE const uint8_t *tile_at(const Matrix *m, long tile) {
     return (const uint8_t *)m->data + tile * groups_of(m->cols) * group_bytes(m->format);
@@ -241,71 +245,42 @@ INLINE float row_times(const int format, const void *w, long n, const float *x) 
     return total + sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-INLINE void tiles_times(const int format, const Matrix *m, const Input *in, long tile, long end,
-                        float *y, int add) {
-    for (; tile < end; tile++) {
-        long r = tile * ROWS, n = at_most(ROWS, m->rows - r);
-        float part[ROWS];
-        if (format == INT8 || format == INT4)
-            tile_times(format, tile_at(m, tile), groups_of(m->cols), in, part);
-        else
-            for (long i = 0; i < n; i++)
-                part[i] = row_times(format, row_at(m, r + i), m->cols, in->x);
-        for (long i = 0; i < n; i++) y[r + i] = part[i] + (add ? y[r + i] : 0.0f);
-    }
+INLINE void tiles_times(const int format, const Matrix *m, long M, const Input *in, long tile,
+                        long end, float *y, long ldy, int add) {
+    for (; tile < end; tile++)
+        for (long k = 0; k < M; k++) {
+            long n = at_most(ROWS, m->rows - tile * ROWS);
+            float part[ROWS], *to = y + k * ldy + tile * ROWS;
+            if (format == INT8 || format == INT4)
+                tile_times(format, tile_at(m, tile), groups_of(m->cols), in + k, part);
+            else
+                for (long i = 0; i < n; i++)
+                    part[i] = row_times(format, row_at(m, tile * ROWS + i), m->cols, in[k].x);
+            for (long i = 0; i < n; i++) to[i] = part[i] + (add ? to[i] : 0.0f);
+        }
 }
 
-/* Rows of tiles [tile, end): y (rows) = m x, or y += m x. */
-static ALONE void times_vector(const Matrix *m, const Input *in, long tile, long end, float *y,
-                               int add) {
+/* Columns of tiles [tile, end): y (M, rows; ldy) = x m^T, or y += x m^T, for M inputs. */
+static ALONE void times_few(const Matrix *m, long M, const Input *in, long tile, long end, float *y,
+                            long ldy, int add) {
     switch (m->format) {
-        case FP32: tiles_times(FP32, m, in, tile, end, y, add); break;
-        case BF16: tiles_times(BF16, m, in, tile, end, y, add); break;
-        case FP16: tiles_times(FP16, m, in, tile, end, y, add); break;
-        case INT8: tiles_times(INT8, m, in, tile, end, y, add); break;
-        default:   tiles_times(INT4, m, in, tile, end, y, add);
+        case FP32: tiles_times(FP32, m, M, in, tile, end, y, ldy, add); break;
+        case BF16: tiles_times(BF16, m, M, in, tile, end, y, ldy, add); break;
+        case FP16: tiles_times(FP16, m, M, in, tile, end, y, ldy, add); break;
+        case INT8: tiles_times(INT8, m, M, in, tile, end, y, ldy, add); break;
+        default:   tiles_times(INT4, m, M, in, tile, end, y, ldy, add);
     }
 }
 
 /* ------------------------------------------------------------------------ matrix x matrix */
 
-/* Unpack one group of one tile: n columns of ROWS rows to out, column k at out + k * NR; where a
- * panel is narrower than a tile, the next rows lie a panel further. */
-static ALONE void unpack_group(long format, const uint8_t *w, long n, float *out, long panel) {
-    const uint8_t *bytes = w + ROWS * 2;
-    for (int i = 0; i < NI; i++) {
-        vec d = load_bf16((const uint16_t *)w + i * VLEN);
-        float *to = out + i * VLEN / NR * panel + i * VLEN % NR;
-        for (long k = 0; k < n; k++) {
-            int c = (int)(format == INT8 ? k : k % 16);
-            ivec b = *(const ivec_anywhere *)(bytes + c / 4 * 64 + i * VLEN * 4);
-            if (format == INT8) { /* byte c % 4 of each lane, with its sign */
-                b = W8_ZERO ? ((b >> c % 4 * 8) & 255) - W8_ZERO : b << (24 - c % 4 * 8) >> 24;
-            } else {
-                b = ((b >> (c % 4 * 8 + (k < 16 ? 0 : 4))) & 15) - 8;
-            }
-            store(to + k * NR, __builtin_convertvector(b, vec) * d);
-        }
-    }
-}
-
 /* Rows [r, r + WIDTH) and columns [k0, k0 + n) of m as panels (WIDTH / NR, n, NR) of its transpose;
  * k0 is a multiple of DEPTH. */
-static ALONE void unpack(const Matrix *m, long r, long k0, long n, float *out) {
-    long rows = at_most(WIDTH, m->rows - r), panel = n * NR;
+static ALONE void lay_out(const Matrix *m, long r, long k0, long n, float *out) {
+    long rows = at_most(WIDTH, m->rows - r);
     if (rows < WIDTH) memset(out, 0, (size_t)(WIDTH * n) * sizeof(float));
-    if (m->format == INT8 || m->format == INT4) {
-        for (long t = 0; t * ROWS < rows; t++)
-            for (long k = 0; k < n; k += GROUP) {
-                const uint8_t *w = tile_at(m, r / ROWS + t) +
-                                   (k0 + k) / GROUP * group_bytes(m->format);
-                unpack_group(m->format, w, at_most(GROUP, n - k),
-                             out + t * ROWS / NR * panel + t * ROWS % NR + k * NR, panel);
-            }
-        return;
-    }
     for (long i = 0; i < rows; i++) {
-        float row[DEPTH], *to = out + i / NR * panel + i % NR;
+        float row[DEPTH], *to = out + i / NR * (n * NR) + i % NR;
         widen_row(m, r + i, k0, n, row);
         for (long k = 0; k < n; k++) to[k * NR] = row[k];
     }
@@ -319,7 +294,7 @@ static void times_matrix(const Matrix *m, long M, const float *x, long ldx, long
         long rows = at_most(WIDTH, at_most(end * ROWS, m->rows) - r);
         for (long k = 0; k < m->cols; k += DEPTH) {
             long n = at_most(DEPTH, m->cols - k);
-            unpack(m, r, k, n, block);
+            lay_out(m, r, k, n, block);
             gemm(M, rows, n, rows_of(x + k, ldx), block, n * NR, y + r, ldy,
                  add || k ? y + r : NULL, ldy);
         }
@@ -378,26 +353,28 @@ typedef struct {
 typedef struct {
     int thread, n_threads;
     float *normed;  /* (M, D) */
-    Input in;       /* the longest input of a product */
+    Input in[MANY]; /* inputs of a product, one a token */
     float *z;       /* scores: one row, or BLOCK rows of a prompt */
     float *k, *v;   /* one head's keys and values in float32, for a prompt */
-    float *block;   /* unpacked weights, for a prompt */
+    float *block;   /* weights laid out, for a prompt */
 } Worker;
 
 /* The rows of y = W x that are this thread's, for M tokens: x (M, cols; ldx) -> y (M, rows; ldy).
- * With one token in->x, in->q hold x. */
+ * w->in holds the same, taken. */
 static void product(const Worker *w, const Matrix *m, long M, const float *x, long ldx, float *y,
                     long ldy, int add) {
     long tiles = tiles_of(m), tile = share(tiles, w->thread, w->n_threads);
     long end = share(tiles, w->thread + 1, w->n_threads);
-    if (M == 1) times_vector(m, &w->in, tile, end, y, add);
+    if (is_tiled(m) || M <= FEW) times_few(m, M, w->in, tile, end, y, ldy, add);
     else times_matrix(m, M, x, ldx, tile, end, y, ldy, add, w->block);
 }
 
-/* Take the one token's x (n) as the input of the next products with m's format. */
-static void take(Worker *w, const Matrix *m, float *x, long n) {
-    w->in.x = x;
-    if (m->format == INT8 || m->format == INT4) quantise_input(n, &w->in);
+/* Take x (M, n; ldx) as the input of the next products with m's format. */
+static void take(Worker *w, const Matrix *m, long M, float *x, long n, long ldx) {
+    for (long k = 0; k < M; k++) {
+        w->in[k].x = x + k * ldx;
+        if (is_tiled(m)) quantise_input(n, w->in + k);
+    }
 }
 
 /* ------------------------------------------------------------------------------ attention */
@@ -558,7 +535,7 @@ static void forward(Generation *g, Worker *w, long M, long position) {
         const DecoderLayer *y = d->layers + l;
         /* 1) queries, keys, values; keys and values into the cache */
         rmsnorm(M, D, g->x, y->attention_norm, s->norm_eps, w->normed, NULL);
-        if (M == 1) take(w, &y->wq, w->normed, D);
+        take(w, &y->wq, M, w->normed, D, D);
         product(w, &y->wq, M, w->normed, D, g->qkv, E, 0);
         product(w, &y->wk, M, w->normed, D, g->qkv + D, E, 0);
         product(w, &y->wv, M, w->normed, D, g->qkv + D + kv, E, 0);
@@ -568,12 +545,12 @@ static void forward(Generation *g, Worker *w, long M, long position) {
         /* 2) attention, and its projection into the residual stream */
         attend(g, w, M, position, l);
         meet(&g->meeting, n_threads);
-        if (M == 1) take(w, &y->wo, g->out, D);
+        take(w, &y->wo, M, g->out, D, D);
         product(w, &y->wo, M, g->out, D, g->x, D, 1);
         meet(&g->meeting, n_threads);
         /* 3) SwiGLU: gates and ups of the same rows are the same thread's */
         rmsnorm(M, D, g->x, y->ffn_norm, s->norm_eps, w->normed, NULL);
-        if (M == 1) take(w, &y->w_gate, w->normed, D);
+        take(w, &y->w_gate, M, w->normed, D, D);
         product(w, &y->w_gate, M, w->normed, D, g->gu, 2 * F, 0);
         product(w, &y->w_up, M, w->normed, D, g->gu + F, 2 * F, 0);
         long tiles = tiles_of(&y->w_gate), from = share(tiles, w->thread, n_threads) * ROWS;
@@ -585,7 +562,7 @@ static void forward(Generation *g, Worker *w, long M, long position) {
                                                 load_some(up + i, to - i)), to - i);
         }
         meet(&g->meeting, n_threads);
-        if (M == 1) take(w, &y->w_down, g->gu, F);
+        take(w, &y->w_down, M, g->gu, F, 2 * F);
         product(w, &y->w_down, M, g->gu, 2 * F, g->x, D, 1);
         meet(&g->meeting, n_threads);
     }
@@ -619,8 +596,11 @@ static Worker worker(const Generation *g, long M, int thread, int n_threads, Poo
     long S = round_up(g->position + g->n + g->max_new, NR), hd = head_dim(s);
     Worker w = {.thread = thread, .n_threads = n_threads};
     w.normed = grab(pool, M * D);
-    w.in.q = (int8_t *)grab(pool, groups * GROUP / 4);
-    w.in.step = grab(pool, groups), w.in.sum = (int32_t *)grab(pool, groups);
+    int8_t *q = (int8_t *)grab(pool, M * groups * GROUP / 4);
+    float *step = grab(pool, M * groups);
+    int32_t *sum = (int32_t *)grab(pool, M * groups);
+    for (long k = 0; k < M && !pool->failed; k++)
+        w.in[k] = (Input){NULL, q + k * groups * GROUP, step + k * groups, sum + k * groups};
     w.z = grab(pool, (M > 1 ? BLOCK : 1) * (S + NR));
     if (M > 1) {
         w.k = grab(pool, S * hd), w.v = grab(pool, S * round_up(hd, NR));
@@ -649,7 +629,7 @@ static void generate_job(void *task, int thread, int n_threads) {
         position += M, tokens += M;
         if (tokens < end || g->max_new == 0) continue; /* more of the prompt; or only to be read */
         rmsnorm(1, D, g->x + (M - 1) * D, d->final_norm, s->norm_eps, w.normed, NULL);
-        take(&w, &d->output, w.normed, D);
+        take(&w, &d->output, 1, w.normed, D, D);
         product(&w, &d->output, 1, w.normed, D, g->logits, 0, 0);
         meet(&g->meeting, n_threads);
         if (thread == 0) {

@@ -393,8 +393,6 @@ static inline void in_company(Job job, void *task, int n_threads) {
 
 /* ------------------------------------------------------ numbers of 16, 8 and 4 bits: decoding */
 
-typedef int32_t ivec_anywhere __attribute__((vector_size(VLEN * 4), aligned(4), may_alias));
-
 /* float16: 1 sign, 5 exponent, 10 mantissa bits. Moved to a float's places, the exponent is too
  * small by 112, which a multiplication mends, for subnormal numbers too. */
 INLINE float widen_fp16(uint16_t h) {
