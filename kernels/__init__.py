@@ -33,17 +33,20 @@ Why C is faster than PyTorch on a CPU, though both spend their time in matrix pr
    LLAMA_PRODUCTS=float32 or bfloat16 decides otherwise.
 
 Measured, a training step (forward, loss, backward) of dim 128, 4 layers, 4 heads, 2 kv heads, FFN
-352, vocabulary 1024, 256 tokens a sequence, on one core of a Zen 3 EPYC (AVX2, no bfloat16), in
-tokens per second of processor time:
+352, vocabulary 1024, 256 tokens a sequence, on one core, in tokens per second of processor time:
 
-    PyTorch, operation by operation (model.py)       4800
-    the head in C, the trunk in PyTorch              4800    saves memory, not time
-    trunk and head in C, float32 products            7700    1.6x
-    the same, bfloat16 in plain C                    5600    the twin that tests run, no instruction
+                                                     Zen 3 (AVX2)     Zen 5 (AVX512-BF16)
+    PyTorch, operation by operation (model.py)         4800             @T
+    the head in C, the trunk in PyTorch                4800             @H   saves memory, not time
+    trunk and head in C, float32 products              7700   1.6x     @F
+    the same, bfloat16 products                        5600             @B
 
-How far from the limit: of such a step in C (float32) 81% is in the tiles of gemm.c, which the
-processor's multipliers limit; 7% goes into packing factors, 8% into SwiGLU, softmax and their
-exponentials, 4% into norms, RoPE and sums.
+(without an instruction for them, bfloat16 products are plain C, a twin for the tests).
+
+How far from the limit: of such a step on Zen 5 65% is in the tiles of gemm.c, at nine tenths of
+what the processor can multiply; 7% goes into packing and narrowing factors, 6% into SwiGLU, 5% into
+attention's softmax, 3% into the head's, 3% into norms. On Zen 3 the tiles take 81%: the slower the
+products, the less the rest counts.
 
 What it costs: weights are packed at each call (a few ms), each thread has its own gradients, and
 the forward pass keeps about 1400 numbers per token and layer at `tiny` for the backward pass.
