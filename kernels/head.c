@@ -28,7 +28,7 @@ typedef struct {
     const float *w;         /* (V, D) */
     const int64_t *targets; /* (N) */
     float temperature;
-    float *logp, *log_sum;  /* (N) */
+    float *logp, *tops, *log_sum; /* (N): the largest logit, log sum_v exp(z[v] - it) */
     num *kept;              /* (V / VB, N, VB): logits less their shift; or NULL */
     float *shifts;          /* (V / VB, N) */
     const float *g;         /* (N): gradient of logp */
@@ -83,6 +83,7 @@ static ALONE void take_in(float *z, long cols, float inverse, float *top, float 
 static void logprobs_job(void *task, int thread, int n_threads) {
     Head *a = task;
     long D = a->D;
+    float inverse = 1.0f / a->temperature;
     Pool pool = {.n = 0};
     float *z = grab(&pool, NB * VB);
     if (pool.failed) a->failed = 1;
@@ -98,15 +99,15 @@ static void logprobs_job(void *task, int thread, int n_threads) {
             long block = v / VB * a->N + n;
             for (long r = 0; r < m; r++) {
                 long at = a->targets[n + r] - v;
-                if (at >= 0 && at < cols) target[r] = z[r * VB + at] / a->temperature;
-                take_in(z + r * VB, cols, 1.0f / a->temperature, top + r, sum + r,
+                if (at >= 0 && at < cols) target[r] = z[r * VB + at] * inverse;
+                take_in(z + r * VB, cols, inverse, top + r, sum + r,
                         a->kept ? a->kept + (block + r) * VB : NULL);
                 if (a->kept) a->shifts[block + r] = top[r];
             }
         }
         for (long r = 0; r < m; r++) {
-            a->log_sum[n + r] = top[r] + logf(sum[r]);
-            a->logp[n + r] = target[r] - a->log_sum[n + r];
+            a->tops[n + r] = top[r], a->log_sum[n + r] = logf(sum[r]);
+            a->logp[n + r] = (target[r] - top[r]) - a->log_sum[n + r]; /* right also near 0 */
         }
     }
     release(&pool);
@@ -122,13 +123,13 @@ static void keep(Head *a, float *kept) {
     a->shifts = kept ? kept + kept_logits(a->N, a->V) : NULL;
 }
 
-/* logp (N) and log_sum (N) of targets (N), given hidden (any, D) at rows (N), w (V, D). kept:
- * (kept_size), filled, or NULL. Returns 0, or -1 when memory is short. */
+/* logp (N) and sums (2, N: tops, log_sum) of targets (N), given hidden (any, D) at rows (N), w (V,
+ * D). kept: (kept_size), filled, or NULL. Returns 0, or -1 when memory is short. */
 EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64_t *rows,
                         const float *w, const int64_t *targets, float temperature, float *logp,
-                        float *log_sum, float *kept, int n_threads) {
+                        float *sums, float *kept, int n_threads) {
     Pool pool = {.n = 0};
-    Head a = {N, D, V, hidden, rows, w, targets, temperature, logp, log_sum, .w_t = NULL};
+    Head a = {N, D, V, hidden, rows, w, targets, temperature, logp, sums, sums + N, .w_t = NULL};
     keep(&a, kept);
     a.w_t = grab_words(&pool, panels(D, V));
     a.h = (num *)grab(&pool, N * even(D));
@@ -142,16 +143,17 @@ EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64
 /* ------------------------------------------------------------------------------ backward */
 
 /* The gradient dz (cols) of one row's block of logits z (cols), or kept where it is given, both up
- * to VLEN; dz may be z in float32. at: the target's column, if in it. */
+ * to VLEN; dz may be z in float32. at: the target's column, if in it. Its 1 - p is expm1's, which
+ * is right where p is nearly 1. */
 static ALONE void logits_gradient(const float *z, const num *kept, long cols, long at,
-                                  float inverse, float log_sum, float factor, num *dz) {
+                                  float inverse, float top, float log_sum, float factor, num *dz) {
     int here = at >= 0 && at < cols;
     float target = !here ? 0 : kept ? widen(kept[at]) : z[at];
     for (long j = 0; j < cols; j += VLEN) {
         vec x = kept ? widen_vec(kept + j) : load(z + j);
-        store_num(dz + j, -factor * exp_fast(x * inverse - log_sum), VLEN);
+        store_num(dz + j, -factor * exp_fast((x * inverse - top) - log_sum), VLEN);
     }
-    if (here) dz[at] = narrow_one(factor - factor * expf(target * inverse - log_sum));
+    if (here) dz[at] = narrow_one(-factor * expm1f((target * inverse - top) - log_sum));
     if (even(cols) > cols) dz[cols] = 0;
 }
 
@@ -168,8 +170,8 @@ static void gradient_block(const Head *a, long n, long m, long v, long cols, con
     for (long r = 0; r < m; r++) {
         float shift = kept ? a->shifts[block + r] : 0;
         logits_gradient(z + r * VB, kept ? kept + r * VB : NULL, cols, a->targets[n + r] - v,
-                        kept ? 1 : inverse, a->log_sum[n + r] - shift, a->g[n + r] * inverse,
-                        dz + r * VB);
+                        kept ? 1 : inverse, a->tops[n + r] - shift, a->log_sum[n + r],
+                        a->g[n + r] * inverse, dz + r * VB);
     }
 }
 
@@ -214,14 +216,14 @@ static void scatter_job(void *task, int thread, int n_threads) {
 }
 
 /* d_hidden (any, D) += at rows (N), which are all different; dw (V, D) =: from g (N) = gradient of
- * logp, with log_sum and kept, or NULL, as forward left them, N >= 1. Returns 0, or -1 when memory
+ * logp, with sums and kept, or NULL, as forward left them, N >= 1. Returns 0, or -1 when memory
  * is short. */
 EXPORT int head_backward(long N, long D, long V, const float *hidden, const int64_t *rows,
-                         const float *w, const int64_t *targets, float temperature, float *log_sum,
+                         const float *w, const int64_t *targets, float temperature, float *sums,
                          float *kept, const float *g, float *d_hidden, float *dw, int n_threads) {
     Pool pool = {.n = 0};
-    Head a = {N, D, V, hidden, rows, w, targets, temperature, .log_sum = log_sum, .g = g,
-              .d_hidden = d_hidden, .dw = dw};
+    Head a = {N, D, V, hidden, rows, w, targets, temperature, .tops = sums, .log_sum = sums + N,
+              .g = g, .d_hidden = d_hidden, .dw = dw};
     keep(&a, kept);
     a.h = (num *)grab(&pool, N * even(D));
     a.h_packed = grab_words(&pool, deep(round_up(N, PAIR)) * round_up(D, NR));

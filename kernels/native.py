@@ -215,24 +215,24 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, rows, targets, temperature):
         N, (V, D) = len(rows), weight.shape
         hidden = hidden.contiguous()
-        logp, log_sum, ctx.lib = torch.empty(N), torch.empty(N), library()
+        logp, sums, ctx.lib = torch.empty(N), torch.empty(2, N), library()
         keep = any(ctx.needs_input_grad) and N * V <= LOGITS_KEPT
         ctx.kept = _take(ctx.lib.kept_size(N, V)) if keep else None
         _check(ctx.lib.head_forward(
             N, D, V, hidden.data_ptr(), rows.data_ptr(), weight.data_ptr(), targets.data_ptr(),
-            temperature, logp.data_ptr(), log_sum.data_ptr(), _pointer(ctx.kept), _threads(N)))
-        ctx.save_for_backward(hidden, weight, rows, targets, log_sum)
+            temperature, logp.data_ptr(), sums.data_ptr(), _pointer(ctx.kept), _threads(N)))
+        ctx.save_for_backward(hidden, weight, rows, targets, sums)
         ctx.temperature = temperature
         return logp
 
     @staticmethod
     def backward(ctx, g):
-        hidden, weight, rows, targets, log_sum = ctx.saved_tensors
+        hidden, weight, rows, targets, sums = ctx.saved_tensors
         N, (V, D), g = len(rows), weight.shape, g.contiguous()
         d_hidden, d_weight = torch.zeros_like(hidden), torch.empty_like(weight)
         _check(ctx.lib.head_backward(
             N, D, V, hidden.data_ptr(), rows.data_ptr(), weight.data_ptr(), targets.data_ptr(),
-            ctx.temperature, log_sum.data_ptr(), _pointer(ctx.kept), g.data_ptr(),
+            ctx.temperature, sums.data_ptr(), _pointer(ctx.kept), g.data_ptr(),
             d_hidden.data_ptr(), d_weight.data_ptr(), _threads(V)))
         ctx.kept = _give_back(ctx.kept)  # a second backward pass computes the logits again
         return d_hidden, d_weight if ctx.needs_input_grad[1] else None, None, None, None
