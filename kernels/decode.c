@@ -25,11 +25,11 @@
  * each thread does for itself, which is cheaper than to wait for another.
  *
  * A prompt is read up to MANY tokens at a time, so that memory is read once for all: each tile, or
- * row, is multiplied by one token after the other while it is in the core's cache. From FEW tokens
- * on fp32 and bf16 are faster in matrix form: a block of weights is laid out in panels in float32
+ * row, is multiplied by one token after the other while it is in the core's cache. Beyond FEW tokens
+ * fp32 and bf16 are faster in matrix form: a block of weights is laid out in panels in float32
  * and multiplied by all tokens (gemm.c). int8 and int4 never are, their product is the faster one.
  */
-#include "kernels.h"
+#include "kernels.h" /* first: it asks the system's headers for more than C's */
 
 #include <time.h>
 
@@ -261,8 +261,8 @@ INLINE void tiles_times(const int format, const Matrix *m, long M, const Input *
 }
 
 /* Columns of tiles [tile, end): y (M, rows; ldy) = x m^T, or y += x m^T, for M inputs. */
-static ALONE void times_few(const Matrix *m, long M, const Input *in, long tile, long end, float *y,
-                            long ldy, int add) {
+static ALONE void times_inputs(const Matrix *m, long M, const Input *in, long tile, long end,
+                               float *y, long ldy, int add) {
     switch (m->format) {
         case FP32: tiles_times(FP32, m, M, in, tile, end, y, ldy, add); break;
         case BF16: tiles_times(BF16, m, M, in, tile, end, y, ldy, add); break;
@@ -365,7 +365,7 @@ static void product(const Worker *w, const Matrix *m, long M, const float *x, lo
                     long ldy, int add) {
     long tiles = tiles_of(m), tile = share(tiles, w->thread, w->n_threads);
     long end = share(tiles, w->thread + 1, w->n_threads);
-    if (is_tiled(m) || M <= FEW) times_few(m, M, w->in, tile, end, y, ldy, add);
+    if (is_tiled(m) || M <= FEW) times_inputs(m, M, w->in, tile, end, y, ldy, add);
     else times_matrix(m, M, x, ldx, tile, end, y, ldy, add, w->block);
 }
 
