@@ -25,9 +25,9 @@
  * each thread does for itself, which is cheaper than to wait for another.
  *
  * A prompt is read up to MANY tokens at a time, so that memory is read once for all: each tile, or
- * row, is multiplied by one token after the other while it is in the core's cache. Beyond FEW tokens
- * fp32 and bf16 are faster in matrix form: a block of weights is laid out in panels in float32
- * and multiplied by all tokens (gemm.c). int8 and int4 never are, their product is the faster one.
+ * row, is multiplied by one token after the other while it is in the core's cache. For more than
+ * FEW tokens fp32 and bf16 are faster in matrix form: a block of weights is laid out in panels in
+ * float32 and multiplied by all tokens (gemm.c). int8 and int4 never: theirs is the faster product.
  */
 #include "kernels.h" /* first: it asks the system's headers for more than C's */
 
