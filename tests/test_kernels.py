@@ -756,7 +756,8 @@ def fuzz(seconds: float, seed: int = 0) -> int:
         print(f"seed {seed - 1}: {path} {config} B {B} T {T}", flush=True)
         n_threads = rng.randint(1, 3)
         native._threads = lambda work: min(work, n_threads)
-        TOLERANCE["bfloat16"] = 3 * autocast_error(config, B, T, lengths, segments, seed)
+        autocast = autocast_error(config, B, T, lengths, segments, seed)
+        TOLERANCE["bfloat16"] = max(0.2, 3 * autocast)
         choose(path)
         check_against_float64(config, B, T, path, lengths, segments, seed, zero=0.03)
         TOLERANCE["bfloat16"] = 0.2
@@ -766,14 +767,14 @@ def fuzz(seconds: float, seed: int = 0) -> int:
 
 
 def autocast_error(config, B, T, lengths, segments, seed) -> float:
-    """The largest error of PyTorch's bfloat16 autocast in check_against_float64, at least 0.01."""
+    """The largest error of PyTorch's bfloat16 autocast in check_against_float64."""
     net, tokens = network(config, seed), random_tokens(config, B, T, seed=seed + 1)
     choose("torch")
     exact = trunk_and_gradients(in_float64(net), tokens, lengths, segments)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = trunk_and_gradients(net, tokens, lengths, segments)
     largest = max(v.abs().max().item() for v in exact.values()) or 1e-30
-    return max([0.01, *(((theirs[n].double() - v).abs().max() / v.abs().max()).item()
+    return max([0.0, *(((theirs[n].double() - v).abs().max() / v.abs().max()).item()
                         for n, v in exact.items() if v.abs().max() > 1e-12 * largest)])
 
 
