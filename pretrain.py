@@ -12,7 +12,7 @@ run : python pretrain.py                                  about 3 minutes on two
       python pretrain.py --data book.txt --minutes 3      your own text; prints bits per byte
       torchrun --nproc-per-node 8 pretrain.py --model 7b --data wiki=2,web    token shards
 
-Expect .65 to .69 nats per token, facts known, and nine of ten sampled sentences grammatical.
+Expect .64 to .69 nats per token, facts known, and nine of ten sampled sentences grammatical.
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
