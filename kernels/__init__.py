@@ -19,6 +19,8 @@ Why C is faster than PyTorch on a CPU, though both spend their time in matrix pr
    and each wait lasts as long as the slowest. Here each thread has its own sequences from first
    layer to last and waits once. On a machine that has other things to do this counts most.
    PyTorch is left one thread: its idle ones spin on the cores that C needs (native.take_threads).
+   And each begins on a core of its own (machine.h: take_core): left to the system, after a pause
+   the two threads of a decoder often shared one of two cores, at a third of the speed.
 3. Attention keeps no (T, T) matrix, computes only the half below the diagonal, and its backward
    pass is five matrix products on blocks that stay in cache. PyTorch's on a CPU is slow.
 4. Only chosen positions go through the head, and its logits (B, T, V) never exist as floats; the

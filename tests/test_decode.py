@@ -9,6 +9,7 @@ the worst of it; a wrong scale, column or row is an error of order 1.
 import ctypes
 import gc
 import math
+import os
 import weakref
 
 import pytest
@@ -228,6 +229,24 @@ def test_an_answer_left_in_the_middle_does_no_harm():
     assert [next(answer) for _ in range(3)] == whole[:3]
     answer.close()
     assert list(decoder.stream(PROMPT + whole[:10], 50, temperature=0)) == whole[10:]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores have no numbers here")
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_threads_keep_to_the_cores_that_the_process_may_use(threads):
+    """Each begins on a core of its own, but not on a forbidden one, and the caller stays free."""
+    before, prompt = os.sched_getaffinity(0), [1, 2, 3]
+    decoder = Decoder.of(network(TALKER), "fp32")
+    answer = list(decoder.stream(prompt, 20, temperature=0.0))
+    assert os.sched_getaffinity(0) == before
+    one = {min(before)}
+    os.sched_setaffinity(0, one)
+    try:
+        decoder.read = []
+        assert list(decoder.stream(prompt, 20, temperature=0.0)) == answer
+        assert os.sched_getaffinity(0) == one
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
