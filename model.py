@@ -368,11 +368,12 @@ class Llama(nn.Module):
 
 
 def logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(target) at each position: logits (B, T, V), targets int64 (B, T) -> float32 (B, T).
+    """log p(target) at each position: logits (B, T, V), targets int64 (B, T) -> float32 (B, T), or
+    float64 of such logits.
 
     The one definition for rollout, reference and update: log_softmax(logits / temperature).
     """
-    scaled = logits.float() / temperature
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 

@@ -157,11 +157,11 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, targets: Tensor, mask:
     chosen = mask.bool()
     if _use_c([output_weight], hidden) and chosen.any():
         return native.token_logprobs(hidden, output_weight, targets, chosen, temperature)
-    out = hidden.new_zeros(chosen.shape, dtype=torch.float32)
     if not chosen.any():
-        return out + 0 * (hidden.sum() + output_weight.sum())  # ranks wait for both gradients
-    return out.masked_scatter(chosen, _logprobs_in_chunks(
-        hidden[chosen], output_weight, targets[chosen], temperature))
+        none = hidden.new_zeros(chosen.shape, dtype=torch.float32)
+        return none + 0 * (hidden.sum() + output_weight.sum())  # ranks wait for both gradients
+    logp = _logprobs_in_chunks(hidden[chosen], output_weight, targets[chosen], temperature)
+    return logp.new_zeros(chosen.shape).masked_scatter(chosen, logp)
 
 
 def _logprobs_in_chunks(hidden, weight, targets, temperature) -> Tensor:

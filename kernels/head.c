@@ -63,50 +63,67 @@ static void gather_job(void *task, int thread, int n_threads) {
     release(&pool);
 }
 
+/* The block z (m, cols; VB) of logits at row n, from panels w_t of its tokens. Divided by the
+ * temperature here, on its own: fused into a later difference of two logits the multiplication
+ * would not be rounded, and the largest less itself not 0. */
+static void logits(const Head *a, long n, long m, long cols, const word *w_t, float *z) {
+    long ld = even(a->D);
+    float inverse = 1.0f / a->temperature;
+    gemm(m, round_up(cols, NR), a->D, rows_of(a->h + n * ld, ld), w_t, deep(a->D) * NR, z, VB, NULL,
+         0);
+    for (long r = 0; r < m && inverse != 1; r++)
+#pragma omp simd
+        for (long j = 0; j < cols; j++) z[r * VB + j] *= inverse;
+}
+
 /* Take the logits of one row's block, z (cols, rounded up to VLEN), into its running maximum top
- * and sum = sum exp(z / temperature - top); kept (as large), or NULL: z / temperature - top. */
-static ALONE void take_in(float *z, long cols, float inverse, float *top, float *sum, num *kept) {
+ * and rest = sum exp(z - top) over all but one that is the maximum: 1 + rest would lose the digits
+ * of a small rest. kept (as large), or NULL: z - top. */
+static ALONE void take_in(float *z, long cols, float *top, float *rest, num *kept) {
     vec most = (vec){0} + *top, more = {0};
+    ivec tops = {0}; /* minus the number of maxima */
     float *last = z + (cols - 1) / VLEN * VLEN;
     store(last, first_lanes(load(last), z + cols - last, -INFINITY));
-    for (long j = 0; j < cols; j += VLEN) most = greater(inverse * load(z + j), most);
+    for (long j = 0; j < cols; j += VLEN) most = greater(load(z + j), most);
     float high = max_of(most);
     for (long j = 0; j < cols; j += VLEN) {
-        vec x = inverse * load(z + j) - high;
-        more += exp_fast(x);
+        vec x = load(z + j) - high;
+        ivec here = x == 0;
+        more += (vec)(~here & (ivec)exp_fast(x));
+        tops += here;
         if (kept) store_num(kept + j, x, VLEN);
     }
-    *sum = *sum * expf(*top - high) + sum_of(more);
+    float count = -sum_of(__builtin_convertvector(tops, vec));
+    if (high > *top) *rest = (1 + *rest) * expf(*top - high) + sum_of(more) + (count - 1);
+    else *rest += sum_of(more) + count;
     *top = high;
 }
 
 static void logprobs_job(void *task, int thread, int n_threads) {
     Head *a = task;
     long D = a->D;
-    float inverse = 1.0f / a->temperature;
     Pool pool = {.n = 0};
     float *z = grab(&pool, NB * VB);
     if (pool.failed) a->failed = 1;
     long step = at_most(NB, round_up((a->N + n_threads - 1) / n_threads, MR)); /* even shares */
     for (long n = thread * step; n < a->N && !pool.failed; n += n_threads * step) {
         long m = at_most(step, a->N - n);
-        float top[NB], sum[NB], target[NB];
-        for (long r = 0; r < m; r++) top[r] = -INFINITY, sum[r] = 0, target[r] = 0;
+        float top[NB], rest[NB], target[NB];
+        for (long r = 0; r < m; r++) top[r] = -INFINITY, rest[r] = 0, target[r] = 0;
         for (long v = 0; v < a->V; v += VB) {
             long cols = at_most(VB, a->V - v);
-            gemm(m, round_up(cols, NR), D, rows_of(a->h + n * even(D), even(D)),
-                 a->w_t + v * deep(D), deep(D) * NR, z, VB, NULL, 0);
+            logits(a, n, m, cols, a->w_t + v * deep(D), z);
             long block = v / VB * a->N + n;
             for (long r = 0; r < m; r++) {
                 long at = a->targets[n + r] - v;
-                if (at >= 0 && at < cols) target[r] = z[r * VB + at] * inverse;
-                take_in(z + r * VB, cols, inverse, top + r, sum + r,
+                if (at >= 0 && at < cols) target[r] = z[r * VB + at];
+                take_in(z + r * VB, cols, top + r, rest + r,
                         a->kept ? a->kept + (block + r) * VB : NULL);
                 if (a->kept) a->shifts[block + r] = top[r];
             }
         }
         for (long r = 0; r < m; r++) {
-            a->tops[n + r] = top[r], a->log_sum[n + r] = logf(sum[r]);
+            a->tops[n + r] = top[r], a->log_sum[n + r] = log1pf(rest[r]);
             a->logp[n + r] = (target[r] - top[r]) - a->log_sum[n + r]; /* right also near 0 */
         }
     }
@@ -145,15 +162,15 @@ EXPORT int head_forward(long N, long D, long V, const float *hidden, const int64
 /* The gradient dz (cols) of one row's block of logits z (cols), or kept where it is given, both up
  * to VLEN; dz may be z in float32. at: the target's column, if in it. Its 1 - p is expm1's, which
  * is right where p is nearly 1. */
-static ALONE void logits_gradient(const float *z, const num *kept, long cols, long at,
-                                  float inverse, float top, float log_sum, float factor, num *dz) {
+static ALONE void logits_gradient(const float *z, const num *kept, long cols, long at, float top,
+                                  float log_sum, float factor, num *dz) {
     int here = at >= 0 && at < cols;
     float target = !here ? 0 : kept ? widen(kept[at]) : z[at];
     for (long j = 0; j < cols; j += VLEN) {
         vec x = kept ? widen_vec(kept + j) : load(z + j);
-        store_num(dz + j, -factor * exp_fast((x * inverse - top) - log_sum), VLEN);
+        store_num(dz + j, -factor * exp_fast((x - top) - log_sum), VLEN);
     }
-    if (here) dz[at] = narrow_one(-factor * expm1f((target * inverse - top) - log_sum));
+    if (here) dz[at] = narrow_one(-factor * expm1f((target - top) - log_sum));
     if (even(cols) > cols) dz[cols] = 0;
 }
 
@@ -161,17 +178,15 @@ static ALONE void logits_gradient(const float *z, const num *kept, long cols, lo
  * logits that were not kept. */
 static void gradient_block(const Head *a, long n, long m, long v, long cols, const word *w_t,
                            float *z, num *dz) {
-    long ld = even(a->D), block = v / VB * a->N + n;
+    long block = v / VB * a->N + n;
     const num *kept = a->kept ? a->kept + block * VB : NULL;
     float inverse = 1.0f / a->temperature;
-    if (!kept)
-        gemm(m, round_up(cols, NR), a->D, rows_of(a->h + n * ld, ld), w_t, deep(a->D) * NR, z,
-             VB, NULL, 0);
+    if (!kept) logits(a, n, m, cols, w_t, z);
     for (long r = 0; r < m; r++) {
         float shift = kept ? a->shifts[block + r] : 0;
         logits_gradient(z + r * VB, kept ? kept + r * VB : NULL, cols, a->targets[n + r] - v,
-                        kept ? 1 : inverse, a->tops[n + r] - shift, a->log_sum[n + r],
-                        a->g[n + r] * inverse, dz + r * VB);
+                        a->tops[n + r] - shift, a->log_sum[n + r], a->g[n + r] * inverse,
+                        dz + r * VB);
     }
 }
 
