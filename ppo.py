@@ -15,7 +15,7 @@ out : out/rlhf_v1.pt .. rlhf_v5.pt, rlhf_control.pt, out/ppo.pt, out/ppo.jsonl, 
 run : python ppo.py                                       about 3.2 minutes on two AVX2 cores
       python ppo.py --reward my_reward.py:fn              your own fn(prompts, responses) -> scores
 
-Expect helpfulness .81 to .87 at T = 1 (.21 to .28 above SFT), .92 to .93 at T = 0.5, violations
+Expect helpfulness .80 to .87 at T = 1 (.21 to .28 above SFT), .91 to .93 at T = 0.5, violations
 of 0 to 1.5%, 1.5 to 3 nats from SFT, and that PPO's model wins 75 to 87% of its decided
 comparisons with V5.
 

@@ -16,7 +16,7 @@ run : python reward.py                                  about 2 minutes on two A
       python reward.py --data mine.jsonl,mine_test.jsonl      rows as in data.read_preferences
       python reward.py --sweep --ablate                 more pairs, more layers, other losses
 
-Expect 79 to 82% (helpfulness) and 68 to 72% (safety) of the pairs in the right order; the labels'
+Expect 79 to 82% (helpfulness) and 67 to 72% (safety) of the pairs in the right order; the labels'
 noise allows 87 to 88% and 74 to 77%.
 
 Keys: [L2] Llama 2, 2307.09288.
