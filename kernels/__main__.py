@@ -1,6 +1,7 @@
 """Are the kernels right, and how fast are they? Measures this machine, ours and the others' code.
 
-    python -m kernels                        everything at three sizes, about ten minutes
+    python -m kernels                        everything at three sizes; with the peers installed
+                                             the training steps alone take eight minutes
     python -m kernels --parts check          every kernel against float64, seconds
     python -m kernels --parts limits,ops     what the machine can do, and each kernel beside it
     python -m kernels --parts train,rollout,decode,align --shapes T1     whole tasks

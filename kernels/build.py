@@ -25,7 +25,7 @@ TIMEOUT = 120  # s, for a compiler that hangs
 
 
 class Shape(ctypes.Structure):
-    """The Shape of layer.h."""
+    """The Shape of kernels.h."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (
         "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")] + [

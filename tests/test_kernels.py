@@ -318,6 +318,23 @@ def head_and_gradients(hidden, weight, targets, mask, temperature):
     return {"logp": logp.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
 
+@needs_c
+@pytest.mark.parametrize("kept", [1 << 27, 0])
+@pytest.mark.parametrize("gap, temperature", [(7.0, 1.0), (10.0, 0.37)])
+def test_a_log_probability_near_0_keeps_its_digits(gap, temperature, kept, monkeypatch):
+    """Of logits 5 + gap and 5: log p = -log1p(e^-gap), and d log p / d logit = 1 - p."""
+    monkeypatch.setattr(native, "LOGITS_KEPT", kept)
+    choose("float32")
+    hidden = torch.ones(1, 1, 1, requires_grad=True)
+    weight = torch.tensor([[5 + gap], [5.0]]) * temperature
+    logp = kernels.token_logprobs(hidden, weight, torch.zeros(1, 1, dtype=torch.long),
+                                  torch.ones(1, 1), temperature)
+    logp.sum().backward()
+    other = torch.tensor(-gap).double().exp()
+    assert logp.item() == pytest.approx(-other.log1p().item(), rel=1e-5)
+    assert hidden.grad.item() == pytest.approx((gap * other / (1 + other)).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("kept", [1 << 27, 0])  # logits that the forward pass may keep
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("B, T, D, V, every, temperature", [
@@ -735,7 +752,7 @@ def fuzz(seconds: float, seed: int = 0) -> int:
     """Random networks, batches and rollouts in both kinds of products; returns how many it tried.
 
     Fails at the first one that is not float64's, printing the seed that repeats it. Networks ten
-    times as sensitive as the tests' do occur; how much so in bfloat16, PyTorch's own autocast tells.
+    times as sensitive as the tests' do occur; how much so in bfloat16, PyTorch's autocast tells.
     """
     import random
     import time
