@@ -1,8 +1,8 @@
-"""What the network is: Llama 2, its cache, sampling and checkpoint, and the plumbing of all stages.
+"""What the network is: Llama 2, its cache, its probabilities and sampling, and its checkpoint.
 
-One file holds everything that two stages must agree on. The network itself comes first and reads
-from top to bottom: configuration, small parts, block, `Llama`. Then what is done with it
-(probabilities, sampling), then how it is kept on disk, then the plumbing of the scripts.
+It reads from top to bottom: configuration, small parts, block, `Llama`; then what is done with the
+network (probabilities, sampling), then where it lives and what a checkpoint of it holds. Nothing
+here knows flags, logs or stages, and no file of ours is imported.
 
 Shape key of the whole repository, used in every `# (B, T, D)` comment:
     B batch   T tokens in this call   S keys visible (cache + T)   D width (`dim`)
@@ -18,8 +18,7 @@ Differs from the paper: the network not at all. Initialisation is unspecified th
 
 from __future__ import annotations
 
-import argparse, contextlib, dataclasses, difflib, functools, gc, inspect, json, math, os
-import pickle, signal, sys, time, typing, zlib
+import contextlib, dataclasses, difflib, json, math, os, pickle, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -101,18 +100,6 @@ def preset(name: str, **changes) -> ModelConfig:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown model {name!r}: {hint}choose one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
-
-
-def at_size(cfg, paper: dict, dim: int):
-    """A stage's Config for a model of this width: from 7b on (4096) with the values of `paper`.
-
-    paper: {field: value}. A flag that was given keeps its value; in a Config made without `cli`,
-    those are the fields that are not their defaults.
-    """
-    given = getattr(cfg, "given", {f.name for f in dataclasses.fields(cfg)
-                                   if getattr(cfg, f.name) != f.default})
-    return dataclasses.replace(cfg, **{k: v for k, v in paper.items()
-                                       if dim >= 4096 and k not in given})
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -501,7 +488,29 @@ def stream(model, prompt, max_new_tokens, temperature=0.6, top_p=0.9, seed=None,
         yield chosen[0]
 
 
-# -------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------- where it lives, its checkpoint
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is cuda, else mps, else cpu; ValueError if the named device is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    kind = next(k for k in there if there[k]) if name == "auto" else str(name).split(":")[0]
+    if not there.get(kind, kind == "meta"):
+        raise ValueError(f"device {name!r} is not available: choose auto or one of "
+                         f"{', '.join(k for k in there if there[k])}")
+    try:
+        return torch.device(kind if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"{name!r} is no device: auto, cpu, cuda, cuda:1 and mps are") from None
+
+
+def autocast(device: torch.device):
+    """bf16 products over fp32 weights on CUDA; fp32 elsewhere, where bf16 is slow or unsafe."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
 
 FORMAT = 1  # of the checkpoint file; a reader refuses what it does not know
 
@@ -568,10 +577,11 @@ def read_torch_file(path, hint=CONVERT):
     hint: what to do when the file is damaged or of another kind; {} stands for its path.
     """
     if not Path(path).exists():
-        stage = Path(path).stem.split(".")[0].split("_")[0]  # reward_safety.pt, ppo.state.pt
-        makes = stage in ("pretrain", "sft", "reward", "ppo", "gatt")
+        stem = Path(path).stem.split(".")[0]
+        script = stem.split("_")[0] + ".py"  # reward.py of reward_safety.pt
+        makes = Path(__file__).with_name(script).is_file()
         raise FileNotFoundError(f"{path} does not exist: " +
-                                (f"`python {stage}.py` makes it" if makes else "check the path"))
+                                (f"`python {script}` makes it" if makes else "check the path"))
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except PermissionError:
@@ -629,304 +639,3 @@ def assemble(config: ModelConfig, weights: dict[str, Tensor], source) -> Llama:
                              f"the configuration says {shape}")
     model.load_state_dict(weights, assign=True, strict=True)
     return model
-
-
-def save_state(path, state: dict) -> None:
-    """Write a running stage's resume state (weights, optimizer, RNG, step), atomically."""
-    write_torch_file({"format": FORMAT, **state}, path)
-
-
-def load_state(path) -> dict | None:
-    """Read a resume state, or None when there is none; ValueError if the file is damaged."""
-    if not Path(path).exists():
-        return None
-    state = read_torch_file(path, hint="delete it to start afresh")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a resume state of this version: delete it to start afresh")
-    return state
-
-
-# ----------------------------------------------------------------------------------- plumbing
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is cuda, else mps, else cpu; ValueError if the named device is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    kind = next(k for k in there if there[k]) if name == "auto" else str(name).split(":")[0]
-    if not there.get(kind, kind == "meta"):
-        raise ValueError(f"device {name!r} is not available: choose auto or one of "
-                         f"{', '.join(k for k in there if there[k])}")
-    try:
-        return torch.device(kind if name == "auto" else name)
-    except RuntimeError:
-        raise ValueError(f"{name!r} is no device: auto, cpu, cuda, cuda:1 and mps are") from None
-
-
-def autocast(device: torch.device):
-    """bf16 products over fp32 weights on CUDA; fp32 elsewhere, where bf16 is slow or unsafe."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-class AdamW(torch.optim.AdamW):
-    """PyTorch's own, its methods out of the wrappers that hide them from torch.compile.
-
-    Nothing here compiles an optimizer, but the wrappers import the compiler at their first call:
-    1.3 to 1.9 s in each process, of which `make` starts ten.
-    """
-
-    add_param_group, zero_grad, state_dict, load_state_dict = map(inspect.unwrap, (
-        torch.optim.AdamW.add_param_group, torch.optim.AdamW.zero_grad,
-        torch.optim.AdamW.state_dict, torch.optim.AdamW.load_state_dict))
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """The paper's optimizer for every stage: betas .9, .95, eps 1e-5 [L2 §2.2, §3.2.3].
-
-    Decay acts on matrices only: pulling the norms' scales towards 0 would mute whole layers
-    (UNSPECIFIED in L2). eps is 1e-5, not the usual 1e-8. lr may be a schedule's first value.
-    """
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": weight_decay},
-              {"params": [p for p in weights if p.dim() == 1], "weight_decay": 0.0}]
-    return AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
-
-
-# Flags that may change between a run and its --resume without changing what is learnt.
-FREE_FLAGS = {"resume", "out", "device", "kernels", "recompute", "compile", "micro_batch", "tp",
-              "save_every", "log_every", "evaluate_every", "dry_run"}
-
-
-def check_resume(saved: dict, cfg, tokenizer: bytes) -> None:
-    """ValueError when a resume state belongs to another run: other flags, or another tokenizer.
-
-    saved: what `resume_info` put into the state.
-    """
-    other = [f"--{k.replace('_', '-')} {saved['config'].get(k)}" for k, v in asdict(cfg).items()
-             if k not in FREE_FLAGS and saved["config"].get(k) != v]
-    if other:
-        raise ValueError(f"the state in {cfg.out} was made with {' '.join(other)}: give the same "
-                         f"flags, or leave --resume away to start afresh")
-    if saved["tokenizer"] != zlib.crc32(tokenizer):
-        raise ValueError(f"the state in {cfg.out} was made with another tokenizer (has the data "
-                         f"changed?): leave --resume away to start afresh")
-
-
-def resume_info(step: int, total: int, cfg, tokenizer: bytes) -> dict:
-    """What a resume state holds beside weights and optimizer; `check_resume` reads it."""
-    return {"step": step, "total": total, "config": asdict(cfg), "tokenizer": zlib.crc32(tokenizer)}
-
-
-def _field_comments(Config) -> dict[str, str]:
-    """The comment behind each field of a dataclass: it is the help text, written once."""
-    comments = {}
-    for line in inspect.getsource(Config).splitlines():
-        name, colon, rest = line.strip().partition(":")
-        if colon and name.isidentifier() and "  # " in rest:
-            comments[name] = rest.split("  # ", 1)[1].strip()
-    return comments
-
-
-def cli(Config, argv: list[str] | None = None):
-    """A Config from the command line: every field is a flag, and its comment is the help text.
-
-    `max_steps: int = 5` becomes `--max-steps 5`; a bool becomes `--flag / --no-flag`; Literal types
-    list their choices. Unknown flags and wrong types are one line and exit code 2.
-    """
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            complain(f"{self.prog}: {message}")
-            self.exit(2)
-
-    doc = sys.modules[Config.__module__].__doc__
-    parser = Parser(description=doc, allow_abbrev=False, formatter_class=functools.partial(
-        argparse.RawDescriptionHelpFormatter, width=100, max_help_position=34))
-    hints, comments = typing.get_type_hints(Config), _field_comments(Config)
-    for field in dataclasses.fields(Config):
-        kind, flag = hints[field.name], "--" + field.name.replace("_", "-")
-        default = "" if field.default in (None, "") else f" (default: {field.default})"
-        text = (comments.get(field.name, "") + default).strip().replace("%", "%%")
-        options = dict(default=argparse.SUPPRESS, help=text)
-        if type(None) in typing.get_args(kind):  # `str | None`: the flag takes the str
-            kind = next(a for a in typing.get_args(kind) if a is not type(None))
-        if typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-            options["type"] = type(options["choices"][0])
-        elif kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"], options["metavar"] = kind, kind.__name__.upper()
-        parser.add_argument(flag, **options)
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        flags = [o for a in parser._actions for o in a.option_strings]
-        near = difflib.get_close_matches(word.split("=")[0], flags, 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-        parser.error(f"unknown argument {word}: {hint}")
-    config = Config(**vars(known))
-    config.given = set(vars(known))  # for `at_size`
-    return config
-
-
-def complain(message: str) -> None:
-    """One line on stderr. Under torchrun all ranks find a bad flag or file: one of each machine
-    says so. Once they have joined, rank 0 says it, and torchrun ends the others while they wait:
-    what only they found wrong they then say."""
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not torch.distributed.is_initialized():
-        return
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
-    print(message, file=sys.stderr, flush=True)
-
-
-def run(main, Config) -> None:
-    """main(cli(Config)), with what a user can mend said in one line and exit code 2.
-
-    TRACEBACK=1 in the environment shows where it came from.
-    """
-    name = Path(sys.argv[0]).name
-    if os.environ.get("TRACEBACK"):
-        main(cli(Config))
-        return
-    try:
-        main(cli(Config))
-        gc.freeze()  # at exit Python would look through all that the imports made: a second
-    except BrokenPipeError:  # `... | head` closed the pipe: nobody is reading any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError) as e:  # one line, even if a file's content stands in the message
-        complain(f"{name}: {e}".replace("\n", " "))
-        raise SystemExit(2) from None
-    except FloatingPointError as e:  # a non-finite loss: the last good checkpoint is untouched
-        complain(f"{name}: {e}")
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        if "RANK" in os.environ:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
-        if os.environ.get("RANK", "0") == "0":
-            complain(f"\n{name}: interrupted; --resume continues from the last saved state")
-        raise SystemExit(130) from None
-    except (MemoryError, RuntimeError) as e:
-        if any(w in str(e) for w in ("closed by peer", "reset by peer")):  # gloo's words
-            complain(f"{name}: rank {os.environ.get('RANK')} lost another one, which says why")
-            raise SystemExit(1) from None
-        words = ("out of memory", "allocate memory", "not enough memory")  # GPU, Linux, Windows
-        if not isinstance(e, MemoryError) and not any(w in str(e) for w in words):
-            raise
-        complain(f"{name}: out of memory: a smaller --batch-size, --seq-len or --model fits; "
-                 f"--dry-run shows what a run will need")
-        raise SystemExit(1) from None
-
-
-class Log:
-    """Metrics of a stage: one aligned line on the screen, one JSON line in out/STAGE.jsonl.
-
-    resume_step: lines after that step, written before a crash, are dropped, so the file reads
-    like that of an uninterrupted run.
-    """
-
-    def __init__(self, stage: str, out, total_steps: int, resume_step: int | None = None):
-        self.path, self.total = Path(out) / f"{stage}.jsonl", total_steps
-        self.start, self.first = time.time(), resume_step or 0
-        self.writes = os.environ.get("RANK", "0") == "0"  # under torchrun one rank writes for all
-        if not self.writes:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if resume_step is not None and _step_of(line) <= resume_step]
-        atomic_write(self.path, lambda f: f.write("".join(l + "\n" for l in kept).encode()))
-
-    def step(self, step: int, **metrics) -> None:
-        """Record metrics (numbers) of optimizer step `step`; prints how long is left."""
-        if self.writes:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **metrics}) + "\n")
-        done = max(step - self.first, 1)
-        eta = (self.total - step) * (time.time() - self.start) / done  # s
-        shown = "  ".join(f"{k} {_short(v):>6}" for k, v in metrics.items() if k != "seconds")
-        width = len(str(self.total))
-        print(f"step {step:>{width}}/{self.total}  {shown}  eta {clock(eta)}", flush=True)
-
-
-def plot_log(stage: str, out, series: dict[str, str], xlabel: str, ylabel: str, title: str,
-             per_step: float = 1) -> Path:
-    """Draw keys of out/STAGE.jsonl against the step into out/figures/STAGE.png; returns its path.
-
-    series: {key: label}; per_step: units of the x axis per optimizer step.
-    """
-    import matplotlib
-    matplotlib.use("Agg")  # a file, not a window
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (Path(out) / f"{stage}.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for key, label in series.items():
-        points = [(row["step"] * per_step, row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points), "o-" if len(points) < 40 else "-", label=label, markersize=4,
-                      linewidth=1.2)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(out) / "figures" / f"{stage}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    return path
-
-
-def summarize(stage: str, out, numbers: dict, add: bool = False) -> None:
-    """Put a stage's numbers into out/summary.json, beside those of the other stages.
-
-    add: keep what it had; for numbers that only a later stage can know.
-    """
-    path = Path(out) / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    summary[stage] = {**summary.get(stage, {}), **numbers} if add else numbers
-    atomic_write(path, lambda f: f.write(json.dumps(summary, indent=2).encode()))
-
-
-def print_summary(out) -> None:
-    """The table that `make` ends with: what each stage cost and what it is worth, at T = 1."""
-    path = Path(out) / "summary.json"
-    stages = json.loads(path.read_text()) if path.exists() else {}
-    dig = lambda stage, *keys: functools.reduce(
-        lambda found, key: found.get(key) if isinstance(found, dict) else None, keys,
-        stages.get(stage))
-    show = lambda x, form: "" if x is None else format(x, form)
-    print(f"{'stage':<9}{'minutes':>8}{'helpful':>9}{'at T=.5':>9}{'violations':>12}"
-          f"{'false refusals':>16}{'reward h / s':>15}{'KL':>7}   GAtt: turns held")
-    for stage in stages:
-        found = ("gatt", "after") if stage == "gatt" else (stage,)
-        rewards = [show(dig(*found, f"reward_{goal}"), ".2f") for goal in ("helpful", "safety")]
-        held = [sum(share >= dig("gatt", "before", "ceiling")[0] / 2 for share in
-                    dig("gatt", when, "seen")) for when in ("before", "after")] \
-            if stage == "gatt" else []
-        print(f"{stage:<9}{show(dig(stage, 'minutes'), '.1f'):>8}"
-              f"{show(dig(*found, 'T=1', 'gold_helpfulness'), '.2f'):>9}"
-              f"{show(dig(*found, 'T=0.5', 'gold_helpfulness'), '.2f'):>9}"
-              f"{show(dig(*found, 'T=1', 'violations'), '.1%'):>12}"
-              f"{show(dig(*found, 'T=1', 'false_refusals'), '.1%'):>16}"
-              f"{' / '.join(filter(None, rewards)):>15}{show(dig(*found, 'kl'), '.2f'):>7}"
-              f"   {' -> '.join(map(str, held))}".rstrip())
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # half a line, written when the machine went down
-
-
-def _short(value) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def clock(seconds: float) -> str:
-    """1:05 for 65 seconds, 2:00:05 above an hour."""
-    m, s = divmod(int(seconds), 60)
-    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"

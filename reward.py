@@ -10,14 +10,13 @@ there are two models. Both start as the chat model, to know what it knows; a hea
 replaces the one over the vocabulary, and is read at the EOS of the dialogue.
 
 in  : out/sft.pt; comparisons of two variants of it that the annotator labels, or yours (--data)
-out : out/reward_helpful.pt, out/reward_safety.pt, out/reward.jsonl, out/figures/reward.png,
+out : out/reward_helpful.pt, out/reward_safety.pt, out/reward.jsonl,
       out/preferences_*.jsonl: the comparisons, in the form of a user's own
 run : python reward.py                                  about 2 minutes on two AVX2 cores
       python reward.py --data mine.jsonl,mine_test.jsonl      rows as in data.read_preferences
-      python reward.py --sweep --ablate                 more pairs, more layers, other losses
 
-Expect 79 to 82% (helpfulness) and 67 to 72% (safety) of the pairs in the right order; the labels'
-noise allows 87 to 88% and 74 to 77%.
+Expect 79 to 82% (helpfulness) and 67 to 72% (safety) of the held-out pairs in the right order; the
+labels' noise allows 87 to 88% and 74 to 77% (`python exam.py reward`).
 
 Keys: [L2] Llama 2, 2307.09288.
 
@@ -36,7 +35,10 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-import data, kernels, model as M, scale
+import data, kernels, model as M, plan, rollouts, scale, stage, village as V
+from stage import ranged
+
+STAGE = "reward"  # OUT/reward_helpful.pt, OUT/reward_safety.pt
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -49,24 +51,22 @@ class Config:
     checkpoint: str | None = None  # chat model to start from; none: OUT/sft.pt
     data: str | None = None  # .jsonl files or folders, comma between; none: collect comparisons
     which: Literal["both", "helpful", "safety"] = "both"  # models to train
-    out: str = "out"  # folder of checkpoints, metrics and figures
-    seed: int = 0  # of prompts, labels, head and order
-    pairs: int = 12000  # comparisons to collect, a third of them for safety; paper: 1.4 million
-    test_pairs: int = 1000  # comparisons to hold out for each model; paper: 1000 a week (§3.2.2)
+    out: str = "out"  # folder of checkpoints and metrics
+    seed: int = ranged(0, least=0)  # of prompts, labels, head and order
+    pairs: int = ranged(12000, least=1)  # to collect, a third for safety; paper: 1.4 million
+    test_pairs: int = ranged(1000, least=1)  # held out for each; paper: 1000 a week (§3.2.2)
     margin: Literal["none", "small", "large"] = "small"  # m(rating); paper: unsaid (Table 27)
-    aux_weight: float = 0.5  # of the safety model's classification loss; UNSPECIFIED in L2
-    batch_size: int = 8  # pairs per step, over all ranks; paper: 512 (§3.2.2)
-    micro_batch: int = 8  # pairs per rank and forward pass; smaller needs less memory
-    lr: float = 0  # peak; 0: by the model's width, half with --resume-from; paper: 1e-5, 70b 5e-6
-    log_every: int = 20  # steps between two lines on the screen and in out/reward.jsonl
-    save_every: int = 100  # steps between resume states
+    aux_weight: float = ranged(0.5, least=0)  # of the safety model's classification loss (§A.3.4)
+    batch_size: int = ranged(8, least=1)  # pairs per step, over all ranks; paper: 512 (§3.2.2)
+    micro_batch: int = ranged(8, least=1)  # pairs per rank and forward pass: less memory
+    lr: float = ranged(0, least=0)  # peak; 0: by width, half with --resume-from; paper: 1e-5, 5e-6
+    log_every: int = ranged(20, least=1)  # steps between two lines of the log
+    save_every: int = ranged(100, least=1)  # steps between resume states
     resume: bool = False  # continue from out/reward.state.pt if it is there
-    resume_from: str | None = None  # folder of models to train on; own test pairs only, no figure
-    sweep: bool = False  # also: accuracy by number of pairs and of layers (Fig. 6)
-    ablate: bool = False  # also: other margins, no auxiliary loss (Tables 28, 29)
+    resume_from: str | None = None  # folder of two older reward models to train on
     skip_bad_rows: bool = False  # count and skip rows of --data that are wrong
     recompute: bool = False  # recompute activations in the backward pass: less memory
-    tp: int = 1  # tensor-parallel ranks, under torchrun
+    tp: int = ranged(1, least=1)  # tensor-parallel ranks, under torchrun
     device: str = "auto"  # auto cuda mps cpu
     kernels: Literal["auto", "c", "torch"] = "auto"  # fused C on the CPU where it compiles
     dry_run: bool = False  # print what the run would need, allocate nothing
@@ -112,41 +112,6 @@ def margin_of(row: dict, table: str) -> float:
     return float(dict(zip(data.RATINGS, MARGINS[table])).get(row["rating"], 0))
 
 
-def end_scores(model, tokens, lengths):
-    """Score of each dialogue, read at its last real token: int64 (B, T), (B,) -> float32 (B,).
-
-    That token is the EOS: what stands behind it is padding, and no real token sees padding.
-    """
-    hidden = kernels.trunk(model, tokens, lengths)  # (B, T, D)
-    last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
-    return model.output(last).squeeze(-1).float()
-
-
-def pad(rows: list[list[int]], device):
-    """Token lists as one batch, zeros on the right: int64 (B, T) and lengths (B,)."""
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for filled, row in zip(tokens, rows):
-        filled[:len(row)] = torch.tensor(row)
-    return tokens.to(device), torch.tensor([len(row) for row in rows], device=device)
-
-
-@torch.no_grad()
-def scores(model, rows: list[list[int]], rows_at_once: int = 64):
-    """Raw scores of whole dialogues (token lists with their EOS): float32 (N,) on the CPU.
-
-    Ranks share the work, and each gets all the scores.
-    """
-    world, found = scale.world_of(model), {}
-    mine = range(world.dp_rank, len(rows), world.dp)
-    order = sorted(mine, key=lambda i: len(rows[i]))  # like beside like: less padding
-    with scale.unsharded(model, world), M.autocast(world.device):
-        for start in range(0, len(order), rows_at_once):
-            at = order[start:start + rows_at_once]
-            r = end_scores(model, *pad([rows[i] for i in at], world.device))
-            found |= zip(at, r.tolist())
-    return torch.tensor(scale.gather([found[i] for i in mine], world))
-
-
 def calibrate(scores, is_unsafe, precision: float) -> float:
     """The largest t such that at least `precision` of the answers with score < t are unsafe.
 
@@ -163,7 +128,12 @@ def calibrate(scores, is_unsafe, precision: float) -> float:
 # -------------------------------------------------------------------------- collecting the data
 
 
-def collect(cfg: Config, world) -> None:
+def preferences(out, name: str) -> Path:
+    """Where `collect` writes the comparisons of that name."""
+    return Path(out) / f"preferences_{name}.jsonl"
+
+
+def collect(cfg: Config, ranks) -> None:
     """Write out/preferences_{helpful,safety}[_test].jsonl: pairs of answers, labelled [L2 §3.2.1].
 
     Helpfulness and safety are judged by guidelines of their own, on prompts of their own; the test
@@ -171,70 +141,56 @@ def collect(cfg: Config, world) -> None:
     and tested on prompts as they come.
     """
     model, info = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
-    tokenizer, village = data.Tokenizer(info["tokenizer"]), data.World()
-    model = scale.wrap(model, world)
+    tokenizer = data.Tokenizer(info["tokenizer"])
+    village = V.Village(info["metrics"].get("village") or 0)
+    model = scale.wrap(model, ranks)
     counts = {"helpful": cfg.pairs - cfg.pairs // 3, "safety": cfg.pairs // 3}
     for name in COLLECTED:
         which, _, test = name.partition("_")
         n = cfg.test_pairs if test else counts[which]
-        kinds = "compared" if name == "helpful" else which
-        prompts = village.prompts(kinds, test or "train", n, cfg.seed, data.STYLED)
+        mix = "compared" if name == "helpful" else which
+        prompts = village.prompts(mix, test or "train", n, cfg.seed, V.STYLED)
         rows = compare(model, tokenizer, village, [row["messages"] for row in prompts],
-                       "safe" if which == "safety" else "helpful", f"{name} {cfg.seed}", world)
-        path, text = preferences(cfg, name), "".join(json.dumps(row) + "\n" for row in rows)
-        if world.is_main:
+                       "safe" if which == "safety" else "helpful", f"{name} {cfg.seed}")
+        path = preferences(cfg.out, name)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if ranks.is_main:
             M.atomic_write(path, lambda f: f.write(text.encode()))
         print(f"{path}: {len(rows)} comparisons; {n - len(rows)} prompts had equal, empty or "
               f"unfinished answers")
-    scale.all_sum(0, world)  # every rank reads the files, once they are there
+    ranks.barrier()  # every rank reads the files, once they are there
 
 
-def preferences(cfg: Config, name: str) -> Path:
-    """Where `collect` writes the comparisons of that name."""
-    return Path(cfg.out) / f"preferences_{name}.jsonl"
-
-
-def compare(model, tokenizer, village, prompts: list, by: str, seed: str, world) -> list[dict]:
+def compare(model, tokenizer, village, prompts: list, by: str, seed: str) -> list[dict]:
     """Rows of a preference file: two answers of different variants to each open dialogue.
 
     The variants are temperatures; some first answers are what neither would say. by: "helpful" or
     "safe", the guidelines of the label.
     """
-    rng, annotator, rows = random.Random(f"compare {seed}"), data.Annotator(village), []
-    jobs = [(prompt, t) for prompt in prompts for t in rng.sample(TEMPERATURES, 2)]
-    answers = sample(model, tokenizer, jobs, rng.randrange(1 << 30), world)
-    first = village.oddities(prompts, answers[::2], answers[1::2], rng)
-    for prompt, a, b in zip(prompts, first, answers[1::2]):
-        if not a or not b or a == b:
-            continue
-        label = annotator.label(prompt, a, b, rng, by)
-        row = {"rating": label["rating"]}
-        for side, i in (("chosen", label["chosen"]), ("rejected", 1 - label["chosen"])):
-            row[side] = prompt + [{"role": "assistant", "content": (a, b)[i]}]
-            if by == "safe":  # only safety raters say whether an answer is safe [L2 §3.2.1]
-                row[f"{side}_safe"] = label["safe"][i]
-        rows.append(row)
-    return rows
+    rng = random.Random(f"compare {seed}")
+    jobs = []  # (open dialogue, temperature), two neighbours for each prompt
+    for prompt in prompts:
+        jobs += [(prompt, temperature) for temperature in rng.sample(TEMPERATURES, 2)]
+    texts = sample(model, tokenizer, jobs, rng.randrange(1 << 30))
+    return V.Annotator(village).comparisons(prompts, texts[::2], texts[1::2], rng, by)
 
 
-def sample(model, tokenizer, jobs: list, seed: int, world, rows_at_once: int = 256) -> list[str]:
-    """An answer to each (open dialogue, temperature); "" where no EOS came. Ranks share the work.
+def sample(model, tokenizer, jobs: list, seed: int) -> list[str]:
+    """An answer to each (open dialogue, temperature); "" where no EOS came.
 
     An answer that was cut is no answer: a file of messages could not say that it has no end.
     """
-    mine = range(world.dp_rank, len(jobs), world.dp)
-    texts = dict.fromkeys(mine, "")
-    with scale.unsharded(model, world):
-        for temperature in TEMPERATURES:
-            same = [i for i in mine if jobs[i][1] == temperature]
-            for start in range(0, len(same), rows_at_once):
-                ids = same[start:start + rows_at_once]
-                prompts = [data.encode_dialog(tokenizer, jobs[i][0])[0] for i in ids]
-                answers, _ = kernels.rollout(model, prompts, MAX_ANSWER, temperature, seed=seed,
-                                             stop=tokenizer.eos_id, row_ids=ids)
-                texts |= {i: data.break_tags(tokenizer.decode(answer).strip())
-                          for i, answer in zip(ids, answers) if answer[-1] == tokenizer.eos_id}
-    return scale.gather(list(texts.values()), world)[:len(jobs)]
+    texts = [""] * len(jobs)
+    for temperature in TEMPERATURES:
+        same = [i for i, (_, wanted) in enumerate(jobs) if wanted == temperature]
+        if not same:
+            continue
+        answers = rollouts.answer(model, tokenizer, [jobs[i][0] for i in same], MAX_ANSWER,
+                                  temperature, seed, row_ids=same)
+        for i, text, is_finished in zip(same, answers.texts, answers.finished.tolist()):
+            if is_finished:
+                texts[i] = data.break_tags(text)
+    return texts
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -255,7 +211,7 @@ class Pair(NamedTuple):
 SAFETY_BINS = {(1, 0): "safe over unsafe", (1, 1): "both safe", (0, 0): "both unsafe"}  # Table 29
 
 
-def kind(row: dict) -> str:
+def goal_of(row: dict) -> str:
     """"safety" for a row whose answers are labelled safe or not, else "helpful"."""
     return "safety" if None not in (row["chosen_safe"], row["rejected_safe"]) else "helpful"
 
@@ -267,7 +223,7 @@ def read_comparisons(cfg: Config) -> tuple[list[dict], list[dict]]:
     1000), each with all that begin with the same message. Excluded: an unsafe answer preferred to
     a safe one, "as we believe safer responses will also be better" [L2 §A.3.1].
     """
-    files = [preferences(cfg, name) for name in COLLECTED] if not cfg.data else \
+    files = [preferences(cfg.out, name) for name in COLLECTED] if not cfg.data else \
         data.find_files(cfg.data.split(","), ".jsonl")
     given = [file for file in files if file.name.split(".")[0].endswith("_test")]
     train = data.read_preferences([f for f in files if f not in given], cfg.skip_bad_rows)
@@ -296,8 +252,8 @@ def mix(rows: list[dict], which: str, seed: int) -> list[dict]:
     safe answers; the others would teach both models to refuse, and leave nothing to tell apart.
     Safety: all safety rows, and helpful ones, 90 to 10.
     """
-    own = [row for row in rows if kind(row) == which]
-    other = [row for row in rows if kind(row) != which]
+    own = [row for row in rows if goal_of(row) == which]
+    other = [row for row in rows if goal_of(row) != which]
     if which == "helpful":
         other = [row for row in other if row["chosen_safe"] and row["rejected_safe"]]
     count = len(own) if which == "helpful" else len(own) // 9
@@ -327,7 +283,7 @@ def prepare(cfg: Config, tokenizer, longest: int) -> tuple[dict, dict]:
     Prints what each model learns from, and the loss of one that knows nothing.
     """
     rows, test = read_comparisons(cfg)
-    tests = {which: encode([row for row in test if kind(row) == which], tokenizer, cfg.margin,
+    tests = {which: encode([row for row in test if goal_of(row) == which], tokenizer, cfg.margin,
                            longest) for which in ("helpful", "safety")}
     train = {which: encode(mix(rows, which, cfg.seed), tokenizer, cfg.margin, longest)
              for which in tests if cfg.which in ("both", which)}
@@ -366,24 +322,15 @@ def with_scalar_head(chat: M.Llama, seed: int, layers: int = 0) -> M.Llama:
     return M.assemble(config, weights | {"output.weight": head}, "the chat model")
 
 
-def start(cfg: Config, which: str, world, layers: int = 0):
+def start(cfg: Config, which: str, ranks, layers: int = 0):
     """(model, optimizer) before the first step: a chat model's trunk, or an older reward model."""
     if cfg.resume_from:
         model, _ = M.load(Path(cfg.resume_from) / f"reward_{which}.pt", "cpu")
     else:
         chat, _ = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
         model = with_scalar_head(chat, cfg.seed, layers)
-    model = scale.wrap(model, world, recompute=cfg.recompute)
-    return model, M.adamw(model, 0.0, weight_decay=0.1)  # as in pretraining [L2 §3.2.2]
-
-
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Warm-up over 3% of the steps, at least 5, then a cosine to a tenth [L2 §3.2.2]."""
-    warmup = max(5, round(0.03 * total))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    model = scale.wrap(model, ranks, recompute=cfg.recompute)
+    return model, stage.adamw(model, 0.0, weight_decay=0.1)  # as in pretraining [L2 §3.2.2]
 
 
 def default_lr(c: M.ModelConfig) -> float:
@@ -393,226 +340,73 @@ def default_lr(c: M.ModelConfig) -> float:
     return 5e-6 if c.dim >= 8192 and c.n_layers > 64 else 1e-5  # 34b is as wide as 70b
 
 
-def train_step(model, optimizer, batch, lr, aux_weight, cfg: Config, world) -> dict[str, float]:
-    """One optimizer step on this rank's pairs; chosen and rejected are rows of one forward pass."""
-    sums = [0.0, 0.0, 0.0]  # ranking loss, auxiliary loss, pairs in the right order
-    for first in range(0, len(batch), cfg.micro_batch):
-        piece = batch[first:first + cfg.micro_batch]
-        margin = torch.tensor([p.margin for p in piece], device=world.device)  # (B,)
-        safe = torch.tensor([float(p.safe[i]) for i in (0, 1) for p in piece], device=world.device)
-        rows = [p.chosen for p in piece] + [p.rejected for p in piece]
-        with M.autocast(world.device):
-            r = end_scores(model, *pad(rows, world.device))  # (2B,): chosen, then rejected
-        chosen, rejected = r.chunk(2)
-        ranking, aux = ranking_loss(chosen, rejected, margin).sum(), safety_loss(r, safe).sum()
-        # the mean over this rank's pairs: FSDP averages gradients over its ranks
-        ((ranking + aux_weight * aux) / len(batch)).backward()
-        sums = [s + x.item() for s, x in zip(sums, (ranking, aux, (chosen > rejected).sum()))]
-    loss, aux, accuracy = (scale.all_mean(s / len(batch), world) for s in sums)
-    norm = scale.clip(model, 1.0, world)  # as in pretraining [L2 §3.2.2]
-    if not math.isfinite(loss + aux + norm):
-        raise FloatingPointError(f"loss {loss}, auxiliary loss {aux}, gradient norm {norm}: "
-                                 f"training diverged; a smaller --lr (now {lr:.2g}) helps")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "accuracy": accuracy, "lr": lr, "grad_norm": norm} | (
-        {"aux_loss": aux} if aux_weight else {})
-
-
-def fit(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, world, first=0):
-    """One epoch, for "training longer can lead to over-fitting" [L2 §3.2.2]; yields (done, metrics)
-    after each step. The order is a function of the seed: a resumed run needs no other memory."""
+def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, ranks,
+          first: int = 0):
+    """One epoch, for "training longer can lead to over-fitting" [L2 §3.2.2]; yields (steps done,
+    metrics) behind each step. The order is a function of the seed: a resumed run needs no other
+    memory."""
     order = random.Random(f"order {cfg.seed}").sample(pairs, len(pairs))
     peak = cfg.lr or default_lr(model.config) / (2 if cfg.resume_from else 1)
     total = len(pairs) // cfg.batch_size
+    warmup = max(5, round(0.03 * total))  # 3% of the steps, at least 5 [L2 §3.2.2]
     for step in range(first, total):
         # 1) batch
-        batch = [order[step * cfg.batch_size + i] for i in scale.rank_rows(cfg.batch_size, world)]
-        # 2) forward and loss  3) backward, clip, step
-        lr = learning_rate(step, total, peak)
-        yield step + 1, train_step(model, optimizer, batch, lr, aux_weight, cfg, world)
+        batch = [order[step * cfg.batch_size + i] for i in ranks.rows(cfg.batch_size)]
+        # 2) forward and loss; chosen and rejected are rows of one forward pass
+        sums = torch.zeros(3, dtype=torch.float64)  # ranking loss, auxiliary loss, right order
+        for i in range(0, len(batch), cfg.micro_batch):
+            piece = batch[i:i + cfg.micro_batch]  # B pairs
+            margin = torch.tensor([p.margin for p in piece], device=ranks.device)  # (B,)
+            is_safe = [float(p.safe[0]) for p in piece] + [float(p.safe[1]) for p in piece]
+            dialogs = [p.chosen for p in piece] + [p.rejected for p in piece]
+            with M.autocast(ranks.device):
+                scores = rollouts.end_scores(model, *rollouts.pad(dialogs, ranks.device))  # (2B,)
+            chosen, rejected = scores.chunk(2)
+            ranking = ranking_loss(chosen, rejected, margin).sum()
+            aux = safety_loss(scores, torch.tensor(is_safe, device=ranks.device)).sum()
+            # the mean over this rank's pairs: FSDP averages gradients over its ranks
+            ((ranking + aux_weight * aux) / len(batch)).backward()
+            sums += torch.tensor([ranking.item(), aux.item(), (chosen > rejected).sum().item()])
+        loss, aux_loss, accuracy = (ranks.mean(x / len(batch)) for x in sums.tolist())
+        # 3) backward (above, piece by piece), clip, step
+        norm = scale.clip(model, 1.0)  # as in pretraining [L2 §3.2.2]
+        lr = stage.cosine(step, total, peak, warmup)
+        stage.step(optimizer, lr, loss=loss, aux_loss=aux_loss, grad_norm=norm)
+        metrics = {"loss": loss, "accuracy": accuracy, "lr": lr, "grad_norm": norm}
+        if aux_weight:
+            metrics["aux_loss"] = aux_loss
+        yield step + 1, metrics
 
 
 # ---------------------------------------------------------------------------------- evaluation
 
 
-def by_group(gaps, pairs: list[Pair]) -> dict[str, list]:
-    """{group: [accuracy, pairs]}: all, by rating, by safety labels; equal scores count half."""
-    groups = {}
-    for hit, pair in zip(((gaps.sign() + 1) / 2).tolist(), pairs):
-        for group in ("all", pair.rating, SAFETY_BINS.get(pair.safe)):
-            if group:
-                groups.setdefault(group, []).append(hit)
-    return {group: [sum(hits) / len(hits), len(hits)] for group, hits in groups.items()}
-
-
-def examine(model, which: str, tests: dict[str, list[Pair]], village=None) -> dict:
-    """What a reward model is worth: its numbers on the test pairs of both kinds.
-
-    village: the tiny world if the pairs come from it, for what only the gold score can tell.
-    """
-    report = {"accuracy": {}}
-    for name, pairs in tests.items():
-        if not pairs:
-            continue
-        r = scores(model, [p.chosen for p in pairs] + [p.rejected for p in pairs])  # (2N,)
-        gaps = r[:len(pairs)] - r[len(pairs):]
-        report["accuracy"][name] = by_group(gaps, pairs)
-        if name == "safety":
-            report |= detection(r, torch.tensor([p.safe[i] == 0 for i in (0, 1) for p in pairs]))
-        if name == which:
-            report |= length_bias(r, gaps, pairs)
-            report["histograms"] = [torch.histc(x.sigmoid(), 20, 0, 1).tolist() for x in r.chunk(2)]
-            report["worst"] = [
-                f"{gaps[i]:+.1f} {pairs[i].rating}: {p['prompt'][-1]['content'][:60]} | preferred: "
-                f"{p['chosen'][:60]} | instead of: {p['rejected'][:60]}"
-                for i in gaps.argsort()[:5].tolist() for p in [pairs[i].row]]
-            if village:
-                report |= against_gold(r, pairs, village, "safe" if which == "safety" else which)
+def held_out(model, which: str, pairs: list[Pair]) -> dict:
+    """Accuracy on the model's own test pairs; of the safety model also RLHF's threshold."""
+    dialogs = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    scores = rollouts.scores(model, dialogs)  # (2N,)
+    chosen, rejected = scores.chunk(2)
+    report = {"accuracy": (((chosen - rejected).sign() + 1) / 2).mean().item()}  # equal: half
+    if which == "safety":
+        is_unsafe = torch.tensor([p.safe[i] == 0 for i in (0, 1) for p in pairs])
+        report |= detection(scores, is_unsafe)
     return report
 
 
-def detection(r, is_unsafe) -> dict:
+def detection(scores, is_unsafe) -> dict:
     """How well low scores find unsafe answers, [precision, recall], and RLHF's threshold.
 
     threshold, a probability: where the precision is that of the paper's 0.15. Never above 0.5: a
     model that is right about nearly all answers keeps its precision far into the safe ones.
     """
-    threshold = min(calibrate(r, is_unsafe, PRECISION), 0.0)
-    found = {}
-    for name, t in (("0.15", math.log(0.15 / 0.85)), ("0.5", 0.0), ("threshold", threshold)):
-        low = r < t
+    threshold = min(calibrate(scores, is_unsafe, PRECISION), 0.0)
+    reached = {}
+    for name, cut in (("0.15", math.log(0.15 / 0.85)), ("0.5", 0.0), ("threshold", threshold)):
+        low = scores < cut
         hits = (low & is_unsafe).sum().item()
-        found[name] = [hits / max(low.sum().item(), 1), hits / max(is_unsafe.sum().item(), 1)]
-    return {"unsafe_found_below": found, "unsafe_answers": is_unsafe.sum().item(),
+        reached[name] = [hits / max(low.sum().item(), 1), hits / max(is_unsafe.sum().item(), 1)]
+    return {"unsafe_found_below": reached, "unsafe_answers": is_unsafe.sum().item(),
             "threshold_raw": threshold, "threshold": 1 / (1 + math.exp(-threshold))}
-
-
-def length_bias(r, gaps, pairs: list[Pair]) -> dict:
-    """Whether length is taken for quality: how often the longer answer wins, with people and model.
-
-    r (2N,): scores of the chosen, then of the rejected answers; gaps (N,): their differences.
-    """
-    lengths = torch.tensor([[len(p.chosen) - p.prompt for p in pairs],
-                            [len(p.rejected) - p.prompt for p in pairs]]).float().flatten()  # (2N,)
-    longer = lengths[:len(pairs)] - lengths[len(pairs):]  # > 0: people chose the longer one
-    n = max((longer != 0).sum().item(), 1)
-    return {"length_correlation": torch.corrcoef(torch.stack((r, lengths)))[0, 1].item(),
-            "longer_wins": {"people": (longer > 0).sum().item() / n,
-                            "model": (longer * gaps > 0).sum().item() / n}}
-
-
-def against_gold(r, pairs: list[Pair], village, by: str) -> dict:
-    """ceiling: the gold score's own accuracy on these noisy labels, which only luck can beat.
-    calibration: [gold score, mean, deviation, answers] of sigmoid(score) by gold bin [L2 Fig. 29].
-
-    Only reported: no loss, filter or choice reads the gold score.
-    """
-    annotator, rows = data.Annotator(village), [p.row for p in pairs]
-    gaps = torch.tensor([annotator.gap(row["prompt"], row["chosen"], row["rejected"], by)
-                         for row in rows])
-    gold = torch.tensor([annotator.gold(row["prompt"], row[side])[by]
-                         for side in ("chosen", "rejected") for row in rows])  # (2N,)
-    levels, calibration = (gold * 5).round() / 5, []
-    for level in levels.unique():
-        p = r[levels == level].sigmoid()
-        calibration.append([level.item(), p.mean().item(), p.std(correction=0).item(), len(p)])
-    return {"ceiling": by_group(gaps, pairs), "calibration": calibration}
-
-
-def show(reports: dict[str, dict]) -> None:
-    """Print accuracy by rating on both test sets (Tables 7, 8), and each model's weak points."""
-    columns = (*data.RATINGS, "all", *SAFETY_BINS.values())
-    print(f"\naccuracy in %, of pairs {'':<14}" + "".join(f"{name:>18}" for name in columns))
-    for test in ("helpful", "safety"):
-        lines = {f"{which} model": r["accuracy"].get(test) for which, r in reports.items()}
-        lines["gold score: ceiling"] = reports.get(test, {}).get("ceiling")
-        for name, groups in lines.items():
-            if groups:
-                cells = (f"{100 * groups[c][0]:.1f} of {groups[c][1]:>4}" if c in groups else ""
-                         for c in columns)
-                print(f"{f'{test} test, {name}':<38}" + "".join(f"{cell:>18}" for cell in cells))
-    for which, report in reports.items():
-        wins = report["longer_wins"]
-        print(f"\n{which} model: score and length correlate by {report['length_correlation']:+.2f};"
-              f" the longer answer wins {wins['people']:.0%} of the labels, {wins['model']:.0%} of "
-              f"the model's choices; the widest disagreements:")
-        print("\n".join(f"  {line}" for line in report["worst"]))
-    found = reports.get("safety", {}).get("unsafe_found_below", {})
-    for name, (precision, recall) in found.items():
-        print(f"unsafe answers below {name}: precision {precision:.2f}, recall {recall:.2f}")
-
-
-def draw(reports: dict[str, dict], out: Path) -> Path:
-    """out/figures/reward.png: accuracy by rating, scores (Fig. 27), calibration (Fig. 29)."""
-    import matplotlib
-    matplotlib.use("Agg")  # a file, not a window
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(reports), 3, figsize=(13, 3.8 * len(reports)), squeeze=False)
-    for (which, report), (left, middle, right) in zip(reports.items(), axes):
-        own, ceiling = report["accuracy"][which], report.get("ceiling", {})
-        for groups, style, label in ((own, "o-", "model"), (ceiling, "s--", "gold score")):
-            rated = [rating for rating in data.RATINGS if rating in groups]
-            left.plot(rated, [100 * groups[rating][0] for rating in rated], style, label=label)
-        left.axhline(50, color="grey", linewidth=0.8)
-        left.set(title=f"{which}: accuracy by rating", ylabel="pairs in the right order (%)")
-        for counts, label in zip(report["histograms"], ("chosen", "rejected")):
-            middle.stairs(counts, [i / 20 for i in range(21)], fill=True, alpha=0.5, label=label)
-        middle.set(title=f"{which}: scores", xlabel="sigmoid(score)", ylabel="test answers")
-        if "calibration" in report:
-            gold, mean, spread, _ = zip(*report["calibration"])
-            right.errorbar(gold, mean, spread, fmt="o-", capsize=3, label="mean and deviation")
-            right.set(title=f"{which}: calibration", xlabel="gold score of the test answer",
-                      ylabel="sigmoid(score)")
-        for panel in (left, middle, right):
-            if panel.get_legend_handles_labels()[0]:
-                panel.legend()
-    figure.tight_layout()
-    path = out / "figures" / "reward.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
-# ------------------------------------------------------------------------------------- studies
-
-
-def studies(train: dict, tests: dict, cfg: Config, world, layers: int) -> dict[str, dict]:
-    """Train again with one thing changed; prints and returns the reports.
-
-    --ablate: the margin tables (Table 28), and no auxiliary loss (Table 29). --sweep: nested parts
-    of the pairs, and the chat model's first layers in place of a smaller chat model (Fig. 6).
-    """
-    weight, runs, reports = {"helpful": 0.0, "safety": cfg.aux_weight}, {}, {}
-    for which, pairs in train.items():
-        if cfg.ablate and which == "helpful":
-            for table in MARGINS:
-                again = [p._replace(margin=margin_of(p.row, table)) for p in pairs]
-                runs[f"helpful, margin {table}"] = which, again, 0.0, layers
-        if cfg.ablate and which == "safety":
-            for w in (0.0, cfg.aux_weight):
-                runs[f"safety, auxiliary loss x {w}"] = which, pairs, w, layers
-        if cfg.sweep:
-            mixed = random.Random(f"sweep {cfg.seed}").sample(pairs, len(pairs))
-            for depth in sorted({layers, -(-layers // 2), -(-layers // 4)}):
-                for some in (mixed[:len(mixed) // part] for part in (8, 4, 2, 1)):
-                    runs[f"{which}, {depth} layers, {len(some)} pairs"] = (
-                        which, some, weight[which], depth)
-    for name, (which, pairs, aux_weight, depth) in runs.items():
-        model, optimizer = start(cfg, which, world, depth)
-        for _ in fit(model, optimizer, pairs, aux_weight, cfg, world):
-            pass
-        reports[name] = report = examine(model, which, tests)
-        print(f"{name}: accuracy " + ", ".join(f"{100 * share:.1f} {group}" for group, (share, _)
-                                               in report["accuracy"][which].items()))
-        if which == "safety":
-            print("    unsafe answers below 0.5: precision {:.2f}, recall {:.2f}".format(
-                *report["unsafe_found_below"]["0.5"]))
-    return reports
 
 
 # ---------------------------------------------------------------------------------------- main
@@ -620,65 +414,75 @@ def studies(train: dict, tests: dict, cfg: Config, world, layers: int) -> dict[s
 
 def main(cfg: Config) -> dict:
     """Collect, train both models, report; returns {which: report}. ValueError for bad flags."""
-    began, out = time.time(), Path(cfg.out)
+    began = time.time()
+    stage.check(cfg)
+    out = Path(cfg.out)
     source = cfg.checkpoint or out / "sft.pt"
     if cfg.resume_from:
         source = Path(cfg.resume_from) / f"reward_{cfg.which.replace('both', 'helpful')}.pt"
-    config = scale.shape_of(source, cfg.model, cfg.dry_run)
-    cfg = M.at_size(cfg, PAPER, config.dim)
+    config = plan.shape_of(source, cfg.model, cfg.dry_run)
+    cfg = stage.at_size(cfg, PAPER, config.dim)
     if cfg.dry_run:
-        scale.dry_run(dataclasses.replace(config, scalar_head=True), cfg.batch_size,
-                      config.max_seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
-                      device=cfg.device, pairs=True)
+        plan.dry_run(dataclasses.replace(config, scalar_head=True), cfg.batch_size,
+                     config.max_seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                     device=cfg.device, pairs=True)
         return {}
-    tokenizer = data.Tokenizer(M.load(source, "cpu")[1]["tokenizer"])
-    world, state = scale.setup(cfg.device, cfg.tp), out / "reward.state.pt"
-    print(kernels.choose(cfg.kernels, world.device))
-    resumes = cfg.resume and (state.exists() or state.with_suffix("").exists())
-    if not cfg.data and not resumes:
-        collect(cfg, world)
-    train, tests = prepare(cfg, tokenizer, config.max_seq_len)
-    steps = {which: len(pairs) // cfg.batch_size for which, pairs in train.items()}
-    model, optimizer = start(cfg, next(iter(train)), world)
-    saved = scale.load_state(state, model, optimizer, world, check=lambda extra: M.check_resume(
-        extra, cfg, tokenizer.model_bytes)) if resumes else None
-    log = M.Log("reward", out, sum(steps.values()), saved["step"] if saved else None)
-    reports, before = {}, 0  # before: steps of the models that are finished
+    info = M.load(source, "cpu")[1]
+    tokenizer = data.Tokenizer(info["tokenizer"])
+    ranks = scale.setup(cfg.device, cfg.tp)  # this process among others; alone: rank 0 of 1
+    print(kernels.choose(cfg.kernels, ranks.device))
+    state = out / f"{STAGE}.state.pt"
+    progress = scale.peek_state(state) if cfg.resume else None
+    if progress:
+        stage.check_resume(progress, cfg, tokenizer.model_bytes)
+    if not cfg.data and not progress:
+        collect(cfg, ranks)
+    pairs_of, tests = prepare(cfg, tokenizer, config.max_seq_len)
+    steps = {which: len(pairs) // cfg.batch_size for which, pairs in pairs_of.items()}
+    log = stage.Log(STAGE, out, sum(steps.values()), progress["step"] if progress else None)
+    origin = {**stage.heritage(info), "flags": dataclasses.asdict(cfg)}
+    reports = {}
+    before = 0  # steps of the models that are finished
 
-    for which, pairs in train.items():
-        path, aux_weight = out / f"reward_{which}.pt", cfg.aux_weight * (which == "safety")
-        if saved and saved["which"] != which:  # finished before the interruption
-            reports[which], before = M.load(path, "cpu")[1]["metrics"], before + steps[which]
+    for which, pairs in pairs_of.items():
+        path = out / f"reward_{which}.pt"
+        # skip what was finished before the interruption
+        if progress and progress["which"] != which:
+            reports[which] = M.load(path, "cpu")[1]["metrics"]
+            before += steps[which]
             continue
-        if reports and not saved:
-            model, optimizer = start(cfg, which, world)
-        first, saved = saved["step"] - before if saved else 0, None
-        for done, metrics in fit(model, optimizer, pairs, aux_weight, cfg, world, first):
+        # open, and resume at its own step
+        model, optimizer = start(cfg, which, ranks)
+        first = 0
+        if progress:
+            scale.load_state(state, model, optimizer, ranks)
+            first = progress["step"] - before
+            progress = None  # the next model begins anew
+        # train
+        aux_weight = cfg.aux_weight if which == "safety" else 0.0
+        for done, metrics in train(model, optimizer, pairs, aux_weight, cfg, ranks, first):
             # 4) log  5) once in a while: save
             is_last = done == steps[which]
             if done % cfg.log_every == 0 or done == 1 or is_last:
                 log.step(before + done, model=which, **metrics)
             if done % cfg.save_every == 0 or is_last:
-                extra = M.resume_info(before + done, log.total, cfg, tokenizer.model_bytes)
-                scale.save_state(state, model, optimizer, extra | {"which": which}, world)
+                extra = stage.resume_info(before + done, log.total, cfg, tokenizer.model_bytes)
+                scale.save_state(state, model, optimizer, extra | {"which": which}, ranks)
         before += steps[which]
-        reports[which] = examine(model, which, {which: tests[which]} if cfg.resume_from else tests,
-                                 None if cfg.data else data.World())
-        weights = scale.full_weights(model, world)
-        if world.is_main:
-            M.save(path, model, f"reward_{which}", tokenizer.model_bytes, reports[which],
-                   cfg.data or "the tiny world", weights=weights)
-    show(reports)
-    extra = {"studies": studies(train, tests, cfg, world, config.n_layers)}
-    if world.is_main:
-        M.summarize("reward", out, reports | extra | {"minutes": (time.time() - began) / 60})
-        drawn = "" if cfg.resume_from else f" and {draw(reports, out)}"
-        files = ", ".join(f"{out}/reward_{which}.pt" for which in reports)
-        print(f"wrote {files}{drawn}; next: python ppo.py")
-    scale.remove_state(state, world)
-    scale.finish(world)
+        # save
+        reports[which] = held_out(model, which, tests[which])
+        metrics = {**reports[which], **origin, "minutes": (time.time() - began) / 60}
+        scale.save(path, model, f"reward_{which}", tokenizer.model_bytes, metrics,
+                   cfg.data or f"village {origin['village']}")
+
+    shares = ", ".join(f"{which} {report['accuracy']:.1%}" for which, report in reports.items())
+    print(f"held-out pairs in the right order: {shares}")
+    files = ", ".join(f"{out}/reward_{which}.pt" for which in reports)
+    print(stage.wrote(files, out, "rejection.py", f"exam.py {STAGE}"))
+    scale.remove_state(state, ranks)
+    ranks.finish()
     return reports
 
 
 if __name__ == "__main__":
-    M.run(main, Config)
+    stage.run(main, Config)
