@@ -32,7 +32,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-import data, kernels, model as M, scale
+import data, kernels, model as M, plan, scale
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -169,7 +169,7 @@ def split_at_byte(texts: list[str], share: float) -> tuple[list[str], list[str]]
     return texts, []
 
 
-def batch_at(step: int, stream, cfg: Config, world) -> torch.Tensor:
+def batch_at(step: int, stream, cfg: Config, ranks) -> torch.Tensor:
     """This rank's rows of the global batch of `step`: int64 (B, seq_len + 1).
 
     A pure function of (seed, step): nothing to save for a resume, and the global batch is the same
@@ -178,7 +178,7 @@ def batch_at(step: int, stream, cfg: Config, world) -> torch.Tensor:
     """
     T, count = cfg.seq_len, (len(stream) - 1) // cfg.seq_len  # sequences in an epoch
     rows = []
-    for i in scale.rank_rows(cfg.batch_size, world):
+    for i in ranks.rows(cfg.batch_size):
         epoch, place = divmod(step * cfg.batch_size + i, count)
         if cfg.data or epoch:
             place = int(scale.permuted(np.array([place]), count, cfg.seed, epoch)[0])
@@ -198,17 +198,17 @@ def validate(model, corpus: Corpus, cfg: Config, device) -> tuple[float, float]:
     nats per token are not. Each sequence starts without context, so this is an upper bound.
     Ranks share the work.
     """
-    T, total, world = cfg.seq_len, 0.0, scale.world_of(model)
+    T, total, ranks = cfg.seq_len, 0.0, scale.ranks_of(model)
     padded = np.concatenate([corpus.val, np.zeros(-(len(corpus.val) - 1) % T, corpus.val.dtype)])
     inputs = torch.from_numpy(padded[:-1].astype(np.int64)).view(-1, T)
     targets = torch.from_numpy(padded[1:].astype(np.int64)).view(-1, T)
     real = (torch.arange(targets.numel()) < len(corpus.val) - 1).view(-1, T)  # not the padding
-    for i in range(world.dp_rank * cfg.micro_batch, len(inputs), world.dp * cfg.micro_batch):
+    for i in range(ranks.dp_rank * cfg.micro_batch, len(inputs), ranks.dp * cfg.micro_batch):
         x, y, mask = (t[i:i + cfg.micro_batch].to(device) for t in (inputs, targets, real))
         with M.autocast(device):
             logp = kernels.token_logprobs(kernels.trunk(model, x), model.output.weight, y, mask)
         total -= logp.double().sum().item()
-    total = scale.all_sum(total, world)
+    total = ranks.sum(total)
     return total / (len(corpus.val) - 1), total / math.log(2) / corpus.val_bytes
 
 
@@ -261,7 +261,7 @@ def matmul_rate(device) -> float:
 # ---------------------------------------------------------------------------------------- main
 
 
-def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[float, float]:
+def train_step(model, optimizer, rows, lr: float, cfg: Config, ranks) -> tuple[float, float]:
     """One optimizer step on this rank's rows int64 (B, T+1): (loss in nats, gradient norm).
 
     The batch goes through in pieces of `micro_batch` rows whose gradients add up to that of the
@@ -269,12 +269,12 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
     """
     loss = 0.0
     for piece in rows.split(cfg.micro_batch):
-        with M.autocast(world.device):
+        with M.autocast(ranks.device):
             share = next_token_loss(model, piece) * (len(piece) / len(rows))
         share.backward()
         loss += share.item()
-    loss = scale.all_mean(loss, world)
-    norm = scale.clip(model, cfg.clip, world)
+    loss = ranks.mean(loss)
+    norm = scale.clip(model, cfg.clip)
     if not math.isfinite(loss + norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: training diverged; a smaller "
                                  f"--lr (now {lr:.2g}) or more --warmup-steps helps")
@@ -285,7 +285,7 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
     return loss, norm
 
 
-def count_steps(cfg: Config, model, stream, world, began: float) -> int:
+def count_steps(cfg: Config, model, stream, ranks, began: float) -> int:
     """Optimizer steps of the whole run: from --tokens, or from --minutes and a timed step.
 
     Of the minutes, what is already spent and a tenth for evaluation and writing are taken off. The
@@ -293,7 +293,7 @@ def count_steps(cfg: Config, model, stream, world, began: float) -> int:
     """
     if cfg.minutes <= 0:
         return max(1, round(cfg.tokens / (cfg.batch_size * cfg.seq_len)))
-    rows, seconds = batch_at(0, stream, cfg, world).to(world.device), []
+    rows, seconds = batch_at(0, stream, cfg, ranks).to(ranks.device), []
     for _ in range(9):  # forward and backward only: nothing is learnt yet; the first warms up
         start = time.perf_counter()
         for piece in rows.split(cfg.micro_batch):
@@ -301,7 +301,7 @@ def count_steps(cfg: Config, model, stream, world, began: float) -> int:
         seconds.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     left = cfg.minutes * 60 * 0.9 - (time.time() - began)
-    return max(1, int(scale.all_mean(left / (1.1 * data.mean(seconds[1:])), world)))
+    return max(1, int(ranks.mean(left / (1.1 * data.mean(seconds[1:])))))
 
 
 LEAST = {"tokens": 1, "batch_size": 1, "micro_batch": 1, "log_every": 1, "evaluate_every": 1,
@@ -351,15 +351,15 @@ def evaluate(model, corpus: Corpus, cfg: Config, device) -> dict[str, float]:
     return {"val_loss": nats, "val_bits_per_byte": bits}
 
 
-def write(model, corpus: Corpus, cfg: Config, final: dict, began: float, world) -> None:
+def write(model, corpus: Corpus, cfg: Config, final: dict, began: float, ranks) -> None:
     """The last lines, out/pretrain.pt, its figure and summary; `final` gets what the world says."""
     out = Path(cfg.out)
     if corpus.world:
-        with scale.unsharded(model, world):
+        with scale.unsharded(model):
             final |= report_world(model, corpus)
     final["minutes"] = (time.time() - began) / 60
-    weights = scale.full_weights(model, world)
-    if world.is_main:
+    weights = scale.full_weights(model)
+    if ranks.is_main:
         M.save(out / "pretrain.pt", model, "pretrain", corpus.tokenizer.model_bytes, final,
                corpus.name, weights=weights)
         figure = M.plot_log("pretrain", out, {"loss": "training", "val_loss": "validation"},
@@ -379,58 +379,58 @@ def main(cfg: Config) -> dict:
     cfg = M.at_size(cfg, PAPER, shape.dim)
     check(cfg, shape)
     if cfg.dry_run:
-        scale.dry_run(shape, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
-                      cfg.tokens, cfg.device)
+        plan.dry_run(shape, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                     cfg.tokens, cfg.device)
         return {}
-    world = scale.setup(cfg.device, cfg.tp)
-    rate = matmul_rate(world.device)  # before C takes PyTorch's threads
-    print(kernels.choose(cfg.kernels, world.device))
+    ranks = scale.setup(cfg.device, cfg.tp)
+    rate = matmul_rate(ranks.device)  # before C takes PyTorch's threads
+    print(kernels.choose(cfg.kernels, ranks.device))
     given = data.Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     corpus = prepare(cfg, given, cfg.vocab_size or shape.vocab_size)
     config = dataclasses.replace(shape, vocab_size=corpus.tokenizer.vocab_size)
     with torch.device("meta"):  # no memory until `wrap` has decided which part is this rank's
         model = M.Llama(config)
-    model = scale.wrap(model, world, seed=cfg.seed, recompute=cfg.recompute,
+    model = scale.wrap(model, ranks, seed=cfg.seed, recompute=cfg.recompute,
                        compile=cfg.compile)
     optimizer = M.adamw(model, 0.0, cfg.weight_decay)
     state = out / "pretrain.state.pt"
     check_same = functools.partial(M.check_resume, cfg=cfg, tokenizer=corpus.tokenizer.model_bytes)
-    saved = scale.load_state(state, model, optimizer, world, check_same) if cfg.resume else None
+    saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None
     first = saved["step"] if saved else 0
-    total = saved["total"] if saved else count_steps(cfg, model, corpus.train, world, began)
+    total = saved["total"] if saved else count_steps(cfg, model, corpus.train, ranks, began)
     peak = cfg.lr or LEARNING_RATE[cfg.model]
     log = M.Log("pretrain", out, total, first if saved else None)
     introduce(cfg, config, corpus, total, first)
-    flops = scale.flops_per_token(config, cfg.seq_len)
+    flops = plan.flops_per_token(config, cfg.seq_len)
     tick, counted = time.time(), 0  # for tokens/s between two log lines, evaluation left out
 
     for step in range(first, total):
         # 1) batch
-        rows = batch_at(step, corpus.train, cfg, world).to(world.device)  # (B, T+1)
+        rows = batch_at(step, corpus.train, cfg, ranks).to(ranks.device)  # (B, T+1)
         # 2) forward and loss  3) backward, clip, step
         lr = learning_rate(step, total, peak, cfg.warmup_steps)
-        loss, norm = train_step(model, optimizer, rows, lr, cfg, world)
+        loss, norm = train_step(model, optimizer, rows, lr, cfg, ranks)
         counted += cfg.batch_size * cfg.seq_len
         # 4) log
         done, metrics = step + 1, {"loss": loss, "lr": lr, "grad_norm": norm}
         evaluates = done % cfg.evaluate_every == 0 or done == total
         if done % cfg.log_every == 0 or evaluates or step == first:
             speed = counted / (time.time() - tick)
-            metrics |= {"tokens_per_s": round(speed), "of_peak": speed * flops / rate / world.size}
+            metrics |= {"tokens_per_s": round(speed), "of_peak": speed * flops / rate / ranks.size}
             # 5) once in a while: evaluate, sample, save
             if evaluates:
-                with scale.unsharded(model, world):
-                    metrics |= evaluate(model, corpus, cfg, world.device)
+                with scale.unsharded(model):
+                    metrics |= evaluate(model, corpus, cfg, ranks.device)
             log.step(done, **metrics)
             tick, counted = time.time(), 0
         if done % cfg.save_every == 0 and done < total:
             info = M.resume_info(done, total, cfg, corpus.tokenizer.model_bytes)
-            scale.save_state(state, model, optimizer, info, world)
+            scale.save_state(state, model, optimizer, info, ranks)
 
     final = {k: v for k, v in metrics.items() if k.startswith("val_")}
-    write(model, corpus, cfg, final, began, world)
-    scale.remove_state(state, world)
-    scale.finish(world)
+    write(model, corpus, cfg, final, began, ranks)
+    scale.remove_state(state, ranks)
+    ranks.finish()
     return final
 
 

@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-import data, kernels, model as M, scale
+import data, kernels, model as M, plan, scale
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -136,15 +136,15 @@ def scores(model, rows: list[list[int]], rows_at_once: int = 64):
 
     Ranks share the work, and each gets all the scores.
     """
-    world, found = scale.world_of(model), {}
-    mine = range(world.dp_rank, len(rows), world.dp)
+    ranks, found = scale.ranks_of(model), {}
+    mine = range(ranks.dp_rank, len(rows), ranks.dp)
     order = sorted(mine, key=lambda i: len(rows[i]))  # like beside like: less padding
-    with scale.unsharded(model, world), M.autocast(world.device):
+    with scale.unsharded(model), M.autocast(ranks.device):
         for start in range(0, len(order), rows_at_once):
             at = order[start:start + rows_at_once]
-            r = end_scores(model, *pad([rows[i] for i in at], world.device))
+            r = end_scores(model, *pad([rows[i] for i in at], ranks.device))
             found |= zip(at, r.tolist())
-    return torch.tensor(scale.gather([found[i] for i in mine], world))
+    return torch.tensor(ranks.gather([found[i] for i in mine]))
 
 
 def calibrate(scores, is_unsafe, precision: float) -> float:
@@ -163,7 +163,7 @@ def calibrate(scores, is_unsafe, precision: float) -> float:
 # -------------------------------------------------------------------------- collecting the data
 
 
-def collect(cfg: Config, world) -> None:
+def collect(cfg: Config, ranks) -> None:
     """Write out/preferences_{helpful,safety}[_test].jsonl: pairs of answers, labelled [L2 §3.2.1].
 
     Helpfulness and safety are judged by guidelines of their own, on prompts of their own; the test
@@ -172,7 +172,7 @@ def collect(cfg: Config, world) -> None:
     """
     model, info = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
     tokenizer, village = data.Tokenizer(info["tokenizer"]), data.World()
-    model = scale.wrap(model, world)
+    model = scale.wrap(model, ranks)
     counts = {"helpful": cfg.pairs - cfg.pairs // 3, "safety": cfg.pairs // 3}
     for name in COLLECTED:
         which, _, test = name.partition("_")
@@ -180,13 +180,13 @@ def collect(cfg: Config, world) -> None:
         kinds = "compared" if name == "helpful" else which
         prompts = village.prompts(kinds, test or "train", n, cfg.seed, data.STYLED)
         rows = compare(model, tokenizer, village, [row["messages"] for row in prompts],
-                       "safe" if which == "safety" else "helpful", f"{name} {cfg.seed}", world)
+                       "safe" if which == "safety" else "helpful", f"{name} {cfg.seed}", ranks)
         path, text = preferences(cfg, name), "".join(json.dumps(row) + "\n" for row in rows)
-        if world.is_main:
+        if ranks.is_main:
             M.atomic_write(path, lambda f: f.write(text.encode()))
         print(f"{path}: {len(rows)} comparisons; {n - len(rows)} prompts had equal, empty or "
               f"unfinished answers")
-    scale.all_sum(0, world)  # every rank reads the files, once they are there
+    ranks.barrier()  # every rank reads the files, once they are there
 
 
 def preferences(cfg: Config, name: str) -> Path:
@@ -194,7 +194,7 @@ def preferences(cfg: Config, name: str) -> Path:
     return Path(cfg.out) / f"preferences_{name}.jsonl"
 
 
-def compare(model, tokenizer, village, prompts: list, by: str, seed: str, world) -> list[dict]:
+def compare(model, tokenizer, village, prompts: list, by: str, seed: str, ranks) -> list[dict]:
     """Rows of a preference file: two answers of different variants to each open dialogue.
 
     The variants are temperatures; some first answers are what neither would say. by: "helpful" or
@@ -202,7 +202,7 @@ def compare(model, tokenizer, village, prompts: list, by: str, seed: str, world)
     """
     rng, annotator, rows = random.Random(f"compare {seed}"), data.Annotator(village), []
     jobs = [(prompt, t) for prompt in prompts for t in rng.sample(TEMPERATURES, 2)]
-    answers = sample(model, tokenizer, jobs, rng.randrange(1 << 30), world)
+    answers = sample(model, tokenizer, jobs, rng.randrange(1 << 30), ranks)
     first = village.oddities(prompts, answers[::2], answers[1::2], rng)
     for prompt, a, b in zip(prompts, first, answers[1::2]):
         if not a or not b or a == b:
@@ -217,14 +217,14 @@ def compare(model, tokenizer, village, prompts: list, by: str, seed: str, world)
     return rows
 
 
-def sample(model, tokenizer, jobs: list, seed: int, world, rows_at_once: int = 256) -> list[str]:
+def sample(model, tokenizer, jobs: list, seed: int, ranks, rows_at_once: int = 256) -> list[str]:
     """An answer to each (open dialogue, temperature); "" where no EOS came. Ranks share the work.
 
     An answer that was cut is no answer: a file of messages could not say that it has no end.
     """
-    mine = range(world.dp_rank, len(jobs), world.dp)
+    mine = range(ranks.dp_rank, len(jobs), ranks.dp)
     texts = dict.fromkeys(mine, "")
-    with scale.unsharded(model, world):
+    with scale.unsharded(model):
         for temperature in TEMPERATURES:
             same = [i for i in mine if jobs[i][1] == temperature]
             for start in range(0, len(same), rows_at_once):
@@ -234,7 +234,7 @@ def sample(model, tokenizer, jobs: list, seed: int, world, rows_at_once: int = 2
                                              stop=tokenizer.eos_id, row_ids=ids)
                 texts |= {i: data.break_tags(tokenizer.decode(answer).strip())
                           for i, answer in zip(ids, answers) if answer[-1] == tokenizer.eos_id}
-    return scale.gather(list(texts.values()), world)[:len(jobs)]
+    return ranks.gather(list(texts.values()))[:len(jobs)]
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -366,14 +366,14 @@ def with_scalar_head(chat: M.Llama, seed: int, layers: int = 0) -> M.Llama:
     return M.assemble(config, weights | {"output.weight": head}, "the chat model")
 
 
-def start(cfg: Config, which: str, world, layers: int = 0):
+def start(cfg: Config, which: str, ranks, layers: int = 0):
     """(model, optimizer) before the first step: a chat model's trunk, or an older reward model."""
     if cfg.resume_from:
         model, _ = M.load(Path(cfg.resume_from) / f"reward_{which}.pt", "cpu")
     else:
         chat, _ = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
         model = with_scalar_head(chat, cfg.seed, layers)
-    model = scale.wrap(model, world, recompute=cfg.recompute)
+    model = scale.wrap(model, ranks, recompute=cfg.recompute)
     return model, M.adamw(model, 0.0, weight_decay=0.1)  # as in pretraining [L2 §3.2.2]
 
 
@@ -393,23 +393,23 @@ def default_lr(c: M.ModelConfig) -> float:
     return 5e-6 if c.dim >= 8192 and c.n_layers > 64 else 1e-5  # 34b is as wide as 70b
 
 
-def train_step(model, optimizer, batch, lr, aux_weight, cfg: Config, world) -> dict[str, float]:
+def train_step(model, optimizer, batch, lr, aux_weight, cfg: Config, ranks) -> dict[str, float]:
     """One optimizer step on this rank's pairs; chosen and rejected are rows of one forward pass."""
     sums = [0.0, 0.0, 0.0]  # ranking loss, auxiliary loss, pairs in the right order
     for first in range(0, len(batch), cfg.micro_batch):
         piece = batch[first:first + cfg.micro_batch]
-        margin = torch.tensor([p.margin for p in piece], device=world.device)  # (B,)
-        safe = torch.tensor([float(p.safe[i]) for i in (0, 1) for p in piece], device=world.device)
+        margin = torch.tensor([p.margin for p in piece], device=ranks.device)  # (B,)
+        safe = torch.tensor([float(p.safe[i]) for i in (0, 1) for p in piece], device=ranks.device)
         rows = [p.chosen for p in piece] + [p.rejected for p in piece]
-        with M.autocast(world.device):
-            r = end_scores(model, *pad(rows, world.device))  # (2B,): chosen, then rejected
+        with M.autocast(ranks.device):
+            r = end_scores(model, *pad(rows, ranks.device))  # (2B,): chosen, then rejected
         chosen, rejected = r.chunk(2)
         ranking, aux = ranking_loss(chosen, rejected, margin).sum(), safety_loss(r, safe).sum()
         # the mean over this rank's pairs: FSDP averages gradients over its ranks
         ((ranking + aux_weight * aux) / len(batch)).backward()
         sums = [s + x.item() for s, x in zip(sums, (ranking, aux, (chosen > rejected).sum()))]
-    loss, aux, accuracy = (scale.all_mean(s / len(batch), world) for s in sums)
-    norm = scale.clip(model, 1.0, world)  # as in pretraining [L2 §3.2.2]
+    loss, aux, accuracy = (ranks.mean(s / len(batch)) for s in sums)
+    norm = scale.clip(model, 1.0)  # as in pretraining [L2 §3.2.2]
     if not math.isfinite(loss + aux + norm):
         raise FloatingPointError(f"loss {loss}, auxiliary loss {aux}, gradient norm {norm}: "
                                  f"training diverged; a smaller --lr (now {lr:.2g}) helps")
@@ -421,7 +421,7 @@ def train_step(model, optimizer, batch, lr, aux_weight, cfg: Config, world) -> d
         {"aux_loss": aux} if aux_weight else {})
 
 
-def fit(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, world, first=0):
+def fit(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, ranks, first=0):
     """One epoch, for "training longer can lead to over-fitting" [L2 §3.2.2]; yields (done, metrics)
     after each step. The order is a function of the seed: a resumed run needs no other memory."""
     order = random.Random(f"order {cfg.seed}").sample(pairs, len(pairs))
@@ -429,10 +429,10 @@ def fit(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, wor
     total = len(pairs) // cfg.batch_size
     for step in range(first, total):
         # 1) batch
-        batch = [order[step * cfg.batch_size + i] for i in scale.rank_rows(cfg.batch_size, world)]
+        batch = [order[step * cfg.batch_size + i] for i in ranks.rows(cfg.batch_size)]
         # 2) forward and loss  3) backward, clip, step
         lr = learning_rate(step, total, peak)
-        yield step + 1, train_step(model, optimizer, batch, lr, aux_weight, cfg, world)
+        yield step + 1, train_step(model, optimizer, batch, lr, aux_weight, cfg, ranks)
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -581,7 +581,7 @@ def draw(reports: dict[str, dict], out: Path) -> Path:
 # ------------------------------------------------------------------------------------- studies
 
 
-def studies(train: dict, tests: dict, cfg: Config, world, layers: int) -> dict[str, dict]:
+def studies(train: dict, tests: dict, cfg: Config, ranks, layers: int) -> dict[str, dict]:
     """Train again with one thing changed; prints and returns the reports.
 
     --ablate: the margin tables (Table 28), and no auxiliary loss (Table 29). --sweep: nested parts
@@ -603,8 +603,8 @@ def studies(train: dict, tests: dict, cfg: Config, world, layers: int) -> dict[s
                     runs[f"{which}, {depth} layers, {len(some)} pairs"] = (
                         which, some, weight[which], depth)
     for name, (which, pairs, aux_weight, depth) in runs.items():
-        model, optimizer = start(cfg, which, world, depth)
-        for _ in fit(model, optimizer, pairs, aux_weight, cfg, world):
+        model, optimizer = start(cfg, which, ranks, depth)
+        for _ in fit(model, optimizer, pairs, aux_weight, cfg, ranks):
             pass
         reports[name] = report = examine(model, which, tests)
         print(f"{name}: accuracy " + ", ".join(f"{100 * share:.1f} {group}" for group, (share, _)
@@ -624,23 +624,23 @@ def main(cfg: Config) -> dict:
     source = cfg.checkpoint or out / "sft.pt"
     if cfg.resume_from:
         source = Path(cfg.resume_from) / f"reward_{cfg.which.replace('both', 'helpful')}.pt"
-    config = scale.shape_of(source, cfg.model, cfg.dry_run)
+    config = plan.shape_of(source, cfg.model, cfg.dry_run)
     cfg = M.at_size(cfg, PAPER, config.dim)
     if cfg.dry_run:
-        scale.dry_run(dataclasses.replace(config, scalar_head=True), cfg.batch_size,
-                      config.max_seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
-                      device=cfg.device, pairs=True)
+        plan.dry_run(dataclasses.replace(config, scalar_head=True), cfg.batch_size,
+                     config.max_seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                     device=cfg.device, pairs=True)
         return {}
     tokenizer = data.Tokenizer(M.load(source, "cpu")[1]["tokenizer"])
-    world, state = scale.setup(cfg.device, cfg.tp), out / "reward.state.pt"
-    print(kernels.choose(cfg.kernels, world.device))
+    ranks, state = scale.setup(cfg.device, cfg.tp), out / "reward.state.pt"
+    print(kernels.choose(cfg.kernels, ranks.device))
     resumes = cfg.resume and (state.exists() or state.with_suffix("").exists())
     if not cfg.data and not resumes:
-        collect(cfg, world)
+        collect(cfg, ranks)
     train, tests = prepare(cfg, tokenizer, config.max_seq_len)
     steps = {which: len(pairs) // cfg.batch_size for which, pairs in train.items()}
-    model, optimizer = start(cfg, next(iter(train)), world)
-    saved = scale.load_state(state, model, optimizer, world, check=lambda extra: M.check_resume(
+    model, optimizer = start(cfg, next(iter(train)), ranks)
+    saved = scale.load_state(state, model, optimizer, ranks, check=lambda extra: M.check_resume(
         extra, cfg, tokenizer.model_bytes)) if resumes else None
     log = M.Log("reward", out, sum(steps.values()), saved["step"] if saved else None)
     reports, before = {}, 0  # before: steps of the models that are finished
@@ -651,32 +651,32 @@ def main(cfg: Config) -> dict:
             reports[which], before = M.load(path, "cpu")[1]["metrics"], before + steps[which]
             continue
         if reports and not saved:
-            model, optimizer = start(cfg, which, world)
+            model, optimizer = start(cfg, which, ranks)
         first, saved = saved["step"] - before if saved else 0, None
-        for done, metrics in fit(model, optimizer, pairs, aux_weight, cfg, world, first):
+        for done, metrics in fit(model, optimizer, pairs, aux_weight, cfg, ranks, first):
             # 4) log  5) once in a while: save
             is_last = done == steps[which]
             if done % cfg.log_every == 0 or done == 1 or is_last:
                 log.step(before + done, model=which, **metrics)
             if done % cfg.save_every == 0 or is_last:
                 extra = M.resume_info(before + done, log.total, cfg, tokenizer.model_bytes)
-                scale.save_state(state, model, optimizer, extra | {"which": which}, world)
+                scale.save_state(state, model, optimizer, extra | {"which": which}, ranks)
         before += steps[which]
         reports[which] = examine(model, which, {which: tests[which]} if cfg.resume_from else tests,
                                  None if cfg.data else data.World())
-        weights = scale.full_weights(model, world)
-        if world.is_main:
+        weights = scale.full_weights(model)
+        if ranks.is_main:
             M.save(path, model, f"reward_{which}", tokenizer.model_bytes, reports[which],
                    cfg.data or "the tiny world", weights=weights)
     show(reports)
-    extra = {"studies": studies(train, tests, cfg, world, config.n_layers)}
-    if world.is_main:
+    extra = {"studies": studies(train, tests, cfg, ranks, config.n_layers)}
+    if ranks.is_main:
         M.summarize("reward", out, reports | extra | {"minutes": (time.time() - began) / 60})
         drawn = "" if cfg.resume_from else f" and {draw(reports, out)}"
         files = ", ".join(f"{out}/reward_{which}.pt" for which in reports)
         print(f"wrote {files}{drawn}; next: python ppo.py")
-    scale.remove_state(state, world)
-    scale.finish(world)
+    scale.remove_state(state, ranks)
+    ranks.finish()
     return reports
 
 

@@ -32,7 +32,7 @@ from typing import Literal
 
 import torch
 
-import data, kernels, model as M, scale
+import data, kernels, model as M, plan, scale
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -159,15 +159,15 @@ def pack_epochs(dialogs: list, cfg: Config):
     return tuple(torch.cat(columns) for columns in zip(*epochs))
 
 
-def batch_at(step: int, rows, cfg: Config, world):
+def batch_at(step: int, rows, cfg: Config, ranks):
     """This rank's part of the batch of `step`: three int64 (B, seq_len + 1).
 
     A pure function of the step, so that a resumed run needs no other memory of where it was.
     """
-    mine = step * cfg.batch_size + torch.tensor(list(scale.rank_rows(cfg.batch_size, world)))
+    mine = step * cfg.batch_size + torch.tensor(list(ranks.rows(cfg.batch_size)))
     real = mine < len(rows[0])  # past the end: row 0 without loss, as all ranks must run alike
     tokens, mask, segments = (column[mine.where(real, 0)] for column in rows)
-    return tuple(t.to(world.device) for t in (tokens, mask * real[:, None], segments))
+    return tuple(t.to(ranks.device) for t in (tokens, mask * real[:, None], segments))
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -176,13 +176,13 @@ def batch_at(step: int, rows, cfg: Config, world):
 @torch.no_grad()
 def held_out_loss(model, rows, cfg: Config, device) -> float:
     """Nats per answer token on dialogues that are not trained on; ranks share the work."""
-    total, count, world = 0.0, rows[1].sum().item(), scale.world_of(model)
-    mine = [column[world.dp_rank::world.dp].split(cfg.micro_batch) for column in rows]
+    total, count, ranks = 0.0, rows[1].sum().item(), scale.ranks_of(model)
+    mine = [column[ranks.dp_rank::ranks.dp].split(cfg.micro_batch) for column in rows]
     for tokens, mask, segments in zip(*mine):
         with M.autocast(device):
             batch = tokens.to(device), mask.to(device), segments.to(device)
             total += answer_loss(model, *batch).item()
-    return scale.all_sum(total, world) / count
+    return ranks.sum(total) / count
 
 
 def answers_to(model, tokenizer, dialogs: list, temperature: float, seed=0, max_new_tokens=80):
@@ -207,21 +207,21 @@ def grade(model, tokenizer, cfg: Config) -> dict:
 # ---------------------------------------------------------------------------------------- main
 
 
-def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[float, float]:
+def train_step(model, optimizer, rows, lr: float, cfg: Config, ranks) -> tuple[float, float]:
     """One optimizer step on this rank's rows: (loss in nats per answer token, gradient norm).
 
     Normalised by the answer tokens of the global batch: `answers` is counted over all ranks first.
     """
-    answers = scale.all_sum(rows[1][:, 1:].sum().item(), world)
+    answers = ranks.sum(rows[1][:, 1:].sum().item())
     total = 0.0
     for piece in zip(*(column.split(cfg.micro_batch) for column in rows)):
-        with M.autocast(world.device):
+        with M.autocast(ranks.device):
             nats = answer_loss(model, *piece)
         # FSDP averages gradients over its ranks; times their number makes that a sum
-        (nats * (world.dp / answers)).backward()
+        (nats * (ranks.dp / answers)).backward()
         total += nats.item()
-    loss = scale.all_sum(total, world) / answers
-    norm = scale.clip(model, cfg.clip, world)
+    loss = ranks.sum(total) / answers
+    norm = scale.clip(model, cfg.clip)
     if not math.isfinite(loss + norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: training diverged; a smaller "
                                  f"--lr (now {lr:.2g}) or more --warmup-steps helps")
@@ -232,15 +232,15 @@ def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[f
     return loss, norm
 
 
-def write(model, tokenizer, cfg: Config, final: dict, began: float, world) -> None:
+def write(model, tokenizer, cfg: Config, final: dict, began: float, ranks) -> None:
     """Examine the model; out/sft.pt, its figure and summary. `final` gets the grades."""
     out = Path(cfg.out)
     if not cfg.data:
-        with scale.unsharded(model, world):
+        with scale.unsharded(model):
             final |= grade(model, tokenizer, cfg)
     final["minutes"] = (time.time() - began) / 60
-    weights = scale.full_weights(model, world)
-    if world.is_main:
+    weights = scale.full_weights(model)
+    if ranks.is_main:
         M.save(out / "sft.pt", model, "sft", tokenizer.model_bytes, final,
                cfg.data or "the tiny world", weights=weights)
         figure = M.plot_log("sft", out, {"loss": "training", "val_loss": "held out"},
@@ -254,13 +254,13 @@ def main(cfg: Config) -> dict:
     """Fine-tune, evaluate, save; returns the final metrics. ValueError for wrong flags."""
     began, out = time.time(), Path(cfg.out)
     source = cfg.checkpoint or out / "pretrain.pt"
-    config = scale.shape_of(source, cfg.model, cfg.dry_run)
+    config = plan.shape_of(source, cfg.model, cfg.dry_run)
     cfg = M.at_size(cfg, PAPER, config.dim)
     if not 1 < cfg.seq_len <= config.max_seq_len:
         raise ValueError(f"--seq-len {cfg.seq_len}: this model's context is {config.max_seq_len}")
     if cfg.dry_run:
-        scale.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
-                      device=cfg.device)
+        plan.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                     device=cfg.device)
         return {}
     model, info = M.load(source, "cpu")
     tokenizer = data.Tokenizer(info["tokenizer"])
@@ -270,45 +270,45 @@ def main(cfg: Config) -> dict:
         for tokens, mask in zip(rows[0][:4].tolist(), rows[1][:4].tolist()):
             print(data.show_dialog(tokenizer, tokens, mask), end="\n\n")
         return {}
-    world = scale.setup(cfg.device, cfg.tp)
-    print(kernels.choose(cfg.kernels, world.device))
-    model = scale.wrap(model, world, recompute=cfg.recompute, compile=cfg.compile)
+    ranks = scale.setup(cfg.device, cfg.tp)
+    print(kernels.choose(cfg.kernels, ranks.device))
+    model = scale.wrap(model, ranks, recompute=cfg.recompute, compile=cfg.compile)
     optimizer = M.adamw(model, 0.0, cfg.weight_decay)
     state = out / "sft.state.pt"
     check_same = functools.partial(M.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
-    saved = scale.load_state(state, model, optimizer, world, check_same) if cfg.resume else None
+    saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None
     first, total = saved["step"] if saved else 0, math.ceil(len(rows[0]) / cfg.batch_size)
     log = M.Log("sft", out, total, first if saved else None)
     print(f"{len(train)} dialogues in {len(rows[0]) / cfg.epochs:.0f} rows of {cfg.seq_len} tokens "
           f"({rows[1].float().mean():.0%} answers), {len(held_out)} held out; {cfg.epochs} epochs "
           f"are {total} steps of {cfg.batch_size} rows")
     if not saved:
-        with scale.unsharded(model, world):
-            before = held_out_loss(model, val_rows, cfg, world.device)
+        with scale.unsharded(model):
+            before = held_out_loss(model, val_rows, cfg, ranks.device)
         print(f"held-out answer loss before: {before:.4f}")
 
     for step in range(first, total):
         # 1) batch
-        batch = batch_at(step, rows, cfg, world)
+        batch = batch_at(step, rows, cfg, ranks)
         # 2) forward and loss  3) backward, clip, step
         lr = learning_rate(step, total, cfg.lr or default_lr(config.dim), cfg.warmup_steps)
-        loss, norm = train_step(model, optimizer, batch, lr, cfg, world)
+        loss, norm = train_step(model, optimizer, batch, lr, cfg, ranks)
         # 4) log  5) once in a while: evaluate, save
         done, metrics = step + 1, {"loss": loss, "lr": lr, "grad_norm": norm}
         evaluates = done % cfg.evaluate_every == 0 or done == total
         if evaluates:
-            with scale.unsharded(model, world):
-                metrics["val_loss"] = held_out_loss(model, val_rows, cfg, world.device)
+            with scale.unsharded(model):
+                metrics["val_loss"] = held_out_loss(model, val_rows, cfg, ranks.device)
         if done % cfg.log_every == 0 or evaluates or step == first:
             log.step(done, **metrics)
         if done % cfg.save_every == 0 and done < total:
             info = M.resume_info(done, total, cfg, tokenizer.model_bytes)
-            scale.save_state(state, model, optimizer, info, world)
+            scale.save_state(state, model, optimizer, info, ranks)
 
     final = {"val_loss": metrics["val_loss"]}
-    write(model, tokenizer, cfg, final, began, world)
-    scale.remove_state(state, world)
-    scale.finish(world)
+    write(model, tokenizer, cfg, final, began, ranks)
+    scale.remove_state(state, ranks)
+    ranks.finish()
     return final
 
 
