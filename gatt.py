@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-import data, kernels, model as M, scale
+import data, kernels, model as M, plan, scale
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -299,12 +299,12 @@ def pack_epochs(examples: list[dict], tokenizer, cfg: Config):
     return tuple(torch.cat(columns) for columns in zip(*epochs))
 
 
-def batch_at(step: int, rows, cfg: Config, world):
+def batch_at(step: int, rows, cfg: Config, ranks):
     """This rank's part of the batch of `step`: a pure function of it, so that a run can resume."""
-    mine = step * cfg.batch_size + torch.tensor(list(scale.rank_rows(cfg.batch_size, world)))
+    mine = step * cfg.batch_size + torch.tensor(list(ranks.rows(cfg.batch_size)))
     real = mine < len(rows[0])  # past the end: row 0 without loss, as all ranks must run alike
     tokens, mask, segments = (column[mine.where(real, 0)] for column in rows)
-    return tuple(t.to(world.device) for t in (tokens, mask * real[:, None], segments))
+    return tuple(t.to(ranks.device) for t in (tokens, mask * real[:, None], segments))
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -356,7 +356,7 @@ def attention_map(model, tokens: list[int]):
         k = k.repeat_interleave(len(q) // len(k), 0)  # one per query head: 0 0 1 1
         scores = (q @ k.mT / c.head_dim ** 0.5).masked_fill(future, -math.inf)  # (H, T, T)
         strongest = torch.maximum(strongest, scores.softmax(-1).amax(0))
-    return scale.all_max(strongest.cpu(), scale.world_of(model))  # tp ranks saw their own heads
+    return scale.ranks_of(model).max(strongest.cpu())  # tp ranks saw their own heads
 
 
 def system_span(tokenizer, messages: list[dict]) -> slice:
@@ -470,18 +470,18 @@ def draw_figure(out: Path, before: dict, after: dict) -> Path:
 # ---------------------------------------------------------------------------------------- main
 
 
-def train_step(model, optimizer, rows, lr: float, cfg: Config, world) -> tuple[float, float]:
+def train_step(model, optimizer, rows, lr: float, cfg: Config, ranks) -> tuple[float, float]:
     """One optimizer step on this rank's rows: (loss in nats per answer token, gradient norm)."""
-    answers = scale.all_sum(rows[1][:, 1:].sum().item(), world)
+    answers = ranks.sum(rows[1][:, 1:].sum().item())
     total = 0.0
     for piece in zip(*(column.split(cfg.micro_batch) for column in rows)):
-        with M.autocast(world.device):
+        with M.autocast(ranks.device):
             nats = answer_loss(model, *piece)
         # FSDP averages gradients over its ranks; times their number makes that a sum
-        (nats * (world.dp / answers)).backward()
+        (nats * (ranks.dp / answers)).backward()
         total += nats.item()
-    loss = scale.all_sum(total, world) / answers
-    norm = scale.clip(model, 1.0, world)
+    loss = ranks.sum(total) / answers
+    norm = scale.clip(model, 1.0)
     if not math.isfinite(loss + norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: training diverged; a smaller "
                                  f"--lr (now {lr:.2g}) helps")
@@ -498,19 +498,19 @@ def let_learn(model, which: str) -> None:
         weight.requires_grad_(which == "all" or ".attention.w" in name)
 
 
-def train(model, rows, first: int, optimizer, tokenizer, cfg: Config, world) -> None:
+def train(model, rows, first: int, optimizer, tokenizer, cfg: Config, ranks) -> None:
     """The loop over packed `rows`, from step `first` on, as in SFT."""
     total = math.ceil(len(rows[0]) / cfg.batch_size)
     log = M.Log("gatt", cfg.out, total, first if cfg.resume else None)
     for step in range(first, total):
         if step % cfg.save_every == 0:  # step 0 too: from then on nothing is sampled again
             info = M.resume_info(step, total, cfg, tokenizer.model_bytes)
-            scale.save_state(Path(cfg.out) / "gatt.state.pt", model, optimizer, info, world)
+            scale.save_state(Path(cfg.out) / "gatt.state.pt", model, optimizer, info, ranks)
         # 1) batch
-        batch = batch_at(step, rows, cfg, world)
+        batch = batch_at(step, rows, cfg, ranks)
         # 2) forward and loss  3) backward, clip, step
         lr = learning_rate(step, total, cfg.lr or default_lr(model.config.dim))
-        loss, norm = train_step(model, optimizer, batch, lr, cfg, world)
+        loss, norm = train_step(model, optimizer, batch, lr, cfg, ranks)
         # 4) log
         if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
             log.step(step + 1, loss=loss, lr=lr, grad_norm=norm)
@@ -521,32 +521,32 @@ def main(cfg: Config) -> dict:
     began, out = time.time(), Path(cfg.out)
     checkpoint, state, kept = (cfg.checkpoint or out / "ppo.pt", out / "gatt.state.pt",
                                out / "gatt_dialogues.jsonl")
-    config = scale.shape_of(checkpoint, cfg.model, cfg.dry_run)
+    config = plan.shape_of(checkpoint, cfg.model, cfg.dry_run)
     cfg = M.at_size(cfg, PAPER, config.dim)
     if not cfg.max_new_tokens < cfg.seq_len <= config.max_seq_len:
         raise ValueError(f"--seq-len {cfg.seq_len}: more than --max-new-tokens "
                          f"{cfg.max_new_tokens}, at most this model's context {config.max_seq_len}")
     if cfg.dry_run:
-        scale.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
-                      device=cfg.device)
+        plan.dry_run(config, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,
+                     device=cfg.device)
         return {}
     model, info = M.load(checkpoint, "cpu")
     tokenizer = data.Tokenizer(info["tokenizer"])
     material = own_files(cfg) if cfg.data or cfg.instructions else tiny_world(cfg)
-    world = scale.setup(cfg.device, cfg.tp)
-    print(kernels.choose(cfg.kernels, world.device))
-    model = scale.wrap(model, world, recompute=cfg.recompute)
+    ranks = scale.setup(cfg.device, cfg.tp)
+    print(kernels.choose(cfg.kernels, ranks.device))
+    model = scale.wrap(model, ranks, recompute=cfg.recompute)
     let_learn(model, cfg.train)
     optimizer = M.adamw(model, 0.0, 0.1)
-    saved = scale.load_state(state, model, optimizer, world, check=lambda extra: M.check_resume(
+    saved = scale.load_state(state, model, optimizer, ranks, check=lambda extra: M.check_resume(
         extra, cfg, tokenizer.model_bytes)) if cfg.resume else None
     if saved:
         examples = [json.loads(line) for line in kept.read_text().splitlines()]
     else:
-        with scale.unsharded(model, world):
+        with scale.unsharded(model):
             examples = sample_examples(model, tokenizer, material, cfg)
-        scale.remove_state(state, world)  # of another run: its examples are replaced now
-        if world.is_main:
+        scale.remove_state(state, ranks)  # of another run: its examples are replaced now
+        if ranks.is_main:
             text = "".join(json.dumps(row) + "\n" for row in examples)
             M.atomic_write(kept, lambda f: f.write(text.encode()))
     rows = pack_epochs(examples, tokenizer, cfg)
@@ -556,25 +556,25 @@ def main(cfg: Config) -> dict:
         for tokens, mask in zip(rows[0][:4].tolist(), rows[1][:4].tolist()):
             print(data.show_dialog(tokenizer, tokens, mask), end="\n\n")
         return {}
-    train(model, rows, saved["step"] if saved else 0, optimizer, tokenizer, cfg, world)
+    train(model, rows, saved["step"] if saved else 0, optimizer, tokenizer, cfg, ranks)
 
     # 5) evaluate, save
-    start = scale.wrap(M.load(checkpoint, "cpu")[0], world)
-    with scale.unsharded(start, world), scale.unsharded(model, world):
+    start = scale.wrap(M.load(checkpoint, "cpu")[0], ranks)
+    with scale.unsharded(start), scale.unsharded(model):
         before = evaluate(start, tokenizer, material, cfg, "before")
         after = evaluate(model, tokenizer, material, cfg, "after", before["talk"])
     final = {"minutes": (time.time() - began) / 60, "dialogues": cfg.eval_prompts}
     for when, report in (("before", before), ("after", after)):
         final[when] = {k: v for k, v in report.items() if k not in ("map", "talk", "talks")}
-    weights = scale.full_weights(model, world)
-    if world.is_main:
+    weights = scale.full_weights(model)
+    if ranks.is_main:
         M.save(out / "gatt.pt", model, "gatt", tokenizer.model_bytes, final,
                cfg.data or "the tiny world", weights=weights)
         figure = draw_figure(out, before, after)
         M.summarize("gatt", out, final)
         print(f"wrote {out}/gatt.pt and {figure}; next: python chat.py --checkpoint {out}/gatt.pt")
-    scale.remove_state(state, world)
-    scale.finish(world)
+    scale.remove_state(state, ranks)
+    ranks.finish()
     return final
 
 

@@ -37,7 +37,7 @@ from typing import Literal
 
 import torch
 
-import data, kernels, model as M, scale
+import data, kernels, model as M, plan, scale
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -246,40 +246,40 @@ def draw_prompts(cfg: Config, village, purpose, count: int, split: str = "train"
     return rows
 
 
-def answer(model, tokenizer, dialogs: list, temperature: float, cfg: Config, world, purpose,
+def answer(model, tokenizer, dialogs: list, temperature: float, cfg: Config, ranks, purpose,
            rows_at_once: int = 512):
     """An answer to each open dialogue: (prompts, responses, finished), token lists and bool (N,).
 
     The weights are gathered once for the whole of it, and the ranks share the rows [L2 §3.2.3].
     """
     prompts = [data.encode_dialog(tokenizer, messages)[0] for messages in dialogs]
-    mine, responses = range(world.dp_rank, len(prompts), world.dp), []
-    with scale.unsharded(model, world):
+    mine, responses = range(ranks.dp_rank, len(prompts), ranks.dp), []
+    with scale.unsharded(model):
         for start in range(0, len(mine), rows_at_once):
             ids = mine[start:start + rows_at_once]
             responses += kernels.rollout(
                 model, [prompts[i] for i in ids], cfg.max_new_tokens, temperature=temperature,
                 seed=seed_of(cfg, *purpose), stop=tokenizer.eos_id, row_ids=ids)[0]
-    responses = scale.gather(responses, world)
+    responses = ranks.gather(responses)
     return prompts, responses, torch.tensor([r[-1] == tokenizer.eos_id for r in responses])
 
 
 @torch.no_grad()
-def scores(model, rows: list[list[int]], world, rows_at_once: int = 64):
+def scores(model, rows: list[list[int]], ranks, rows_at_once: int = 64):
     """Raw score of each row of tokens, read at its last token: float32 (N,), on the CPU."""
-    mine, found = range(world.dp_rank, len(rows), world.dp), {}
+    mine, found = range(ranks.dp_rank, len(rows), ranks.dp), {}
     order = sorted(mine, key=lambda i: len(rows[i]))  # like beside like: less padding
-    with scale.unsharded(model, world), M.autocast(world.device):
+    with scale.unsharded(model), M.autocast(ranks.device):
         for start in range(0, len(order), rows_at_once):
             picked = order[start:start + rows_at_once]
-            tokens, lengths, _ = pad([(rows[i], []) for i in picked], world.device)
+            tokens, lengths, _ = pad([(rows[i], []) for i in picked], ranks.device)
             hidden = kernels.trunk(model, tokens, lengths=lengths)
-            last = hidden[torch.arange(len(picked), device=world.device), lengths - 1]
+            last = hidden[torch.arange(len(picked), device=ranks.device), lengths - 1]
             found |= zip(picked, model.output(last).squeeze(-1).float().tolist())
-    return torch.tensor(scale.gather([found[i] for i in mine], world))
+    return torch.tensor(ranks.gather([found[i] for i in mine]))
 
 
-def reward_pair(cfg: Config, tokenizer, world, folder: Path):
+def reward_pair(cfg: Config, tokenizer, ranks, folder: Path):
     """score(rows, prompts, responses) -> {"helpful", "safety", "combined", "gate"}, (B,) each.
 
     gate: where the safety model decided. rows carry is_safety; prompts and responses are token
@@ -291,7 +291,7 @@ def reward_pair(cfg: Config, tokenizer, world, folder: Path):
         if info["tokenizer"] != tokenizer.model_bytes:
             raise ValueError(f"{folder}/reward_{which}.pt has another tokenizer than the model to "
                              f"train: run `python reward.py` again")
-        models[which] = scale.wrap(model, world)
+        models[which] = scale.wrap(model, ranks)
     threshold = cfg.threshold or info["metrics"].get("threshold")
     if not threshold:
         raise ValueError(f"{folder}/reward_safety.pt holds no calibrated threshold: give one, as "
@@ -299,7 +299,7 @@ def reward_pair(cfg: Config, tokenizer, world, folder: Path):
 
     def score(rows, prompts, responses) -> dict:
         whole = [p + r for p, r in zip(prompts, responses)]
-        h, s = (scores(model, whole, world) for model in models.values())
+        h, s = (scores(model, whole, ranks) for model in models.values())
         tag = torch.tensor([row["is_safety"] for row in rows])
         return {"helpful": h, "safety": s, "combined": combine(h, s, tag, threshold),
                 "gate": fires(s, tag, threshold)}
@@ -345,19 +345,19 @@ class Places:
     cfg: Config
     tokenizer: data.Tokenizer
     village: data.World  # the tiny world, for its prompts and its annotator
-    world: scale.World  # the ranks
+    ranks: scale.Ranks  # the processes, and which of them this is
     reward: object = None  # score(rows, prompts, responses)
 
     def open(self, path) -> M.Llama:
         """A checkpoint in float32 on this rank, sharded if there are several."""
-        return scale.wrap(M.load(path, "cpu")[0], self.world, recompute=self.cfg.recompute)
+        return scale.wrap(M.load(path, "cpu")[0], self.ranks, recompute=self.cfg.recompute)
 
     def best_of(self, model, rows: list[dict], temperature: float, purpose) -> tuple:
         """K answers per row: prompts (N K lists), responses, scores and finished (N, K)."""
         cfg = self.cfg
         many = [row for row in rows for _ in range(cfg.samples)]  # [a, b] -> [a, a, b, b]
         prompts, responses, finished = answer(model, self.tokenizer, [r["messages"] for r in many],
-                                              temperature, cfg, self.world, purpose)
+                                              temperature, cfg, self.ranks, purpose)
         combined = punish_cut(self.reward(many, prompts, responses)["combined"], finished)
         return prompts, responses, combined.view(-1, cfg.samples), finished.view(-1, cfg.samples)
 
@@ -383,7 +383,7 @@ def pick(said, finished, rng: random.Random) -> list[tuple[int, int, int]]:
     return [(i, best[i].item(), rng.choice(ks)) for i, ks in enumerate(whole) if ks]
 
 
-def imitate(model, examples: list[tuple[list[int], list[int]]], cfg: Config, world) -> float:
+def imitate(model, examples: list[tuple[list[int], list[int]]], cfg: Config, ranks) -> float:
     """Fine-tune in place on (prompt, response) token lists, as in SFT; returns the last loss.
 
     Two epochs as there [L2 §3.1]; the loss is on the responses alone, per response token of the
@@ -396,19 +396,19 @@ def imitate(model, examples: list[tuple[list[int], list[int]]], cfg: Config, wor
     for step in range(total):
         # this rank's share; filled up with a row without loss, as all ranks must run alike
         batch = order[step * size:(step + 1) * size]
-        places = range(world.dp_rank, -(-size // world.dp) * world.dp, world.dp)
-        tokens, lengths, mask = pad([examples[batch[i % size]] for i in places], world.device)
-        mask &= torch.tensor([i < size for i in places], device=world.device)[:, None]
-        answers = scale.all_sum(mask.sum().item(), world)
+        places = range(ranks.dp_rank, -(-size // ranks.dp) * ranks.dp, ranks.dp)
+        tokens, lengths, mask = pad([examples[batch[i % size]] for i in places], ranks.device)
+        mask &= torch.tensor([i < size for i in places], device=ranks.device)[:, None]
+        answers = ranks.sum(mask.sum().item())
         loss = -answer_logprobs(model, tokens, lengths, mask, 1.0).sum() / answers
         # FSDP averages gradients over its ranks; times their number makes that a sum
-        (loss * world.dp).backward()
-        scale.clip(model, 1.0, world)
+        (loss * ranks.dp).backward()
+        scale.clip(model, 1.0)
         for group in optimizer.param_groups:  # cosine to a tenth, as in SFT
             group["lr"] = cfg.rs_lr * (0.55 + 0.45 * math.cos(math.pi * step / total))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return scale.all_sum(loss.item(), world)
+    return ranks.sum(loss.item())
 
 
 def distil(model, at: Places) -> list[tuple[list[int], list[int]]]:
@@ -425,8 +425,8 @@ def distil(model, at: Places) -> list[tuple[list[int], list[int]]]:
         return []
     dialogs = [row["messages"] for row in rows]
     safer = [[{"role": "system", "content": PREPROMPT}, *messages] for messages in dialogs]
-    bare, plain, _ = answer(model, at.tokenizer, dialogs, 0.8, cfg, at.world, ("plain",))
-    _, guided, finished = answer(model, at.tokenizer, safer, 0.8, cfg, at.world, ("guided",))
+    bare, plain, _ = answer(model, at.tokenizer, dialogs, 0.8, cfg, at.ranks, ("plain",))
+    _, guided, finished = answer(model, at.tokenizer, safer, 0.8, cfg, at.ranks, ("guided",))
     before, after = (at.reward(rows, bare, r)["safety"] for r in (plain, guided))
     kept = finished & (after > before)
     print(f"context distillation: {int(kept.sum())} of {len(rows)} answers kept, safety score "
@@ -460,7 +460,7 @@ def make_version(number: int, newest, memory: dict, at: Places):
     memory["rounds"].append([(prompts[best], responses[best]) for best, _ in places])
     model = at.open(sft)
     asked, plain, ended = answer(model, at.tokenizer, [row["messages"] for row in rows],
-                                 temperature, cfg, at.world, ("control", number))
+                                 temperature, cfg, at.ranks, ("control", number))
     memory["control"].append([(p, r) for p, r, whole in zip(asked, plain, ended) if whole])
     ladder = {n: (said[:, :n].amax(1).mean().item(), said[:, :n].quantile(0.5, 1).mean().item())
               for n in (1, 2, 4, 8, 16, 32, 64, 100) if n <= cfg.samples}  # Fig. 7
@@ -473,10 +473,10 @@ def make_version(number: int, newest, memory: dict, at: Places):
     if not examples:
         raise ValueError(f"none of {said.numel()} answers ended within --max-new-tokens "
                          f"{cfg.max_new_tokens}: raise it, or train sft.py longer")
-    loss, controls = imitate(model, examples, cfg, at.world), []
+    loss, controls = imitate(model, examples, cfg, at.ranks), []
     if number == cfg.rounds and memory["control"][-1]:
         controls = [at.open(sft)]
-        imitate(controls[0], merged(memory["control"], number), cfg, at.world)
+        imitate(controls[0], merged(memory["control"], number), cfg, at.ranks)
     print(f"V{number}: T {temperature}, {len(examples)} answers imitated (loss {loss:.3f}); "
           f"reward of one {ladder[1][0]:.2f}, best of {cfg.samples} {said.amax(1).mean():.2f}"
           + (f"; gold score {record['gold_best']:.2f}, at random {record['gold_random']:.2f}"
@@ -505,7 +505,7 @@ def compare(number: int, newest, previous, at: Places) -> list[dict]:
         dialogs, sides = [row["messages"] for row in drawn], []
         for which, model in enumerate((newest, previous)):
             _, responses, finished = answer(model, at.tokenizer, dialogs, rng.choice((0.8, 1.0)),
-                                            cfg, at.world, ("compare", mix, number, which))
+                                            cfg, at.ranks, ("compare", mix, number, which))
             sides.append([data.break_tags(at.tokenizer.decode(r).strip()) if ended else ""
                           for r, ended in zip(responses, finished)])
         sides[0] = at.village.oddities(dialogs, *sides, rng)
@@ -530,7 +530,7 @@ def refresh_rewards(number: int, newest, previous, folder: Path, at: Places) -> 
     """
     cfg, out = at.cfg, Path(at.cfg.out)
     home, lines = out / f"refreshed_{number}", compare(number, newest, previous, at)
-    if at.world.is_main:
+    if at.ranks.is_main:
         before = [*(out / f"preferences_{which}.jsonl" for which in ("helpful", "safety")),
                   *(out / f"refreshed_{n}" / "comparisons.jsonl" for n in range(1, number))]
         older = [line for path in before if path.exists() for line in path.read_text().splitlines()]
@@ -552,7 +552,7 @@ def refresh_rewards(number: int, newest, previous, folder: Path, at: Places) -> 
         if done.returncode:
             raise ValueError(f"refreshing the reward models failed ({done.stderr.strip()[-300:]}); "
                              f"--comparisons 0 leaves them as they are")
-    scale.all_sum(0, at.world)  # the others wait for the files
+    at.ranks.barrier()  # the others wait for the files
 
 
 def all_versions(at: Places) -> tuple[list[dict], Path]:
@@ -568,7 +568,7 @@ def all_versions(at: Places) -> tuple[list[dict], Path]:
         memory, records, done = saved["memory"], saved["records"], saved["step"]
         print(f"resuming after version {done}")
     else:
-        scale.remove_state(out / "ppo.state.pt", at.world)  # of versions that are no more
+        scale.remove_state(out / "ppo.state.pt", at.ranks)  # of versions that are no more
     path_of = lambda n: out / f"rlhf_v{n}.pt" if n > 0 else cfg.checkpoint or out / "sft.pt"
     refreshes = cfg.comparisons and not (cfg.data or cfg.reward)
     folder = out / f"refreshed_{done}" if done and refreshes else out
@@ -589,7 +589,7 @@ def all_versions(at: Places) -> tuple[list[dict], Path]:
             at.reward = pick_reward(at, folder)
         info = M.resume_info(number, cfg.rounds, cfg, at.tokenizer.model_bytes)
         text = json.dumps({**info, "memory": memory, "records": records})
-        if at.world.is_main:
+        if at.ranks.is_main:
             M.atomic_write(state, lambda f: f.write(text.encode()))
     return records, folder
 
@@ -598,16 +598,16 @@ def pick_reward(at: Places, folder: Path):
     """The user's function if there is one, else the pair of reward models of a folder."""
     if at.cfg.reward:
         return own_reward(at.cfg.reward, at.tokenizer)
-    return reward_pair(at.cfg, at.tokenizer, at.world, folder)
+    return reward_pair(at.cfg, at.tokenizer, at.ranks, folder)
 
 
 def save(path: Path, model, stage: str, metrics: dict, at: Places) -> None:
     """One checkpoint of ours, written by rank 0 from all ranks' shares."""
-    weights = scale.full_weights(model, at.world)
-    if at.world.is_main:
+    weights = scale.full_weights(model)
+    if at.ranks.is_main:
         M.save(path, model, stage, at.tokenizer.model_bytes, metrics,
                at.cfg.data or "prompts of the tiny world", weights=weights)
-    scale.barrier(at.world)  # whoever opens it next finds it whole
+    at.ranks.barrier()  # whoever opens it next finds it whole
 
 
 # ----------------------------------------------------------------------------------------- PPO
@@ -628,13 +628,13 @@ def open_critic(start, folder: Path, at: Places) -> M.Llama:
     head = torch.zeros(1, config.dim, dtype=policy.norm.weight.dtype)
     weights = {**policy.state_dict(), "output.weight": head}
     critic = M.assemble(config, weights, start)
-    return scale.wrap(critic, at.world, recompute=at.cfg.recompute)
+    return scale.wrap(critic, at.ranks, recompute=at.cfg.recompute)
 
 
-def minibatches(cfg: Config, world) -> list[slice]:
+def minibatches(cfg: Config, ranks) -> list[slice]:
     """This rank's rows of each gradient step; over all ranks, neighbours among the rollouts."""
-    size = len(scale.rank_rows(cfg.minibatch, world))
-    return [slice(i, i + size) for i in range(0, cfg.batch_size // world.dp, size)]
+    size = len(ranks.rows(cfg.minibatch))
+    return [slice(i, i + size) for i in range(0, cfg.batch_size // ranks.dp, size)]
 
 
 def roll_out(policy, ref, critic, iteration: int, at: Places) -> dict:
@@ -642,27 +642,27 @@ def roll_out(policy, ref, critic, iteration: int, at: Places) -> dict:
 
     Every rank knows all answers and scores, and goes on with its own rows.
     """
-    cfg, world, began = at.cfg, at.world, time.time()
+    cfg, ranks, began = at.cfg, at.ranks, time.time()
     # 1) rollout
     rows = draw_prompts(cfg, at.village, f"ppo {iteration}", cfg.batch_size)
     prompts, responses, finished = answer(policy, at.tokenizer, [row["messages"] for row in rows],
-                                          cfg.temperature, cfg, world, ("ppo", iteration))
+                                          cfg.temperature, cfg, ranks, ("ppo", iteration))
     rolled = time.time()
     # 2) score; WHITEN over all rollouts, after the choice between the two models, before the KL
     said = at.reward(rows, prompts, responses)
     whitened = whiten(punish_cut(said["combined"], finished))
     # 3) rewards and advantages, from the forwards of the very minibatches of the update
-    mine = list(scale.rank_rows(cfg.batch_size, world))
-    batch = pad([(prompts[i], responses[i]) for i in mine], world.device)
+    mine = list(ranks.rows(cfg.batch_size))
+    batch = pad([(prompts[i], responses[i]) for i in mine], ranks.device)
     tokens, lengths, mask = batch
     with torch.no_grad():
-        parts = [[t[i] for t in batch] for i in minibatches(cfg, world)]
+        parts = [[t[i] for t in batch] for i in minibatches(cfg, ranks)]
         logp, ref_logp = (torch.cat([answer_logprobs(model, *part, cfg.temperature)
                                      for part in parts]) for model in (policy, ref))
         values = torch.cat([values_of(critic, *part[:2]) for part in parts])
-    rewards = token_rewards(whitened[mine].to(world.device), logp, ref_logp, mask, cfg.beta)
+    rewards = token_rewards(whitened[mine].to(ranks.device), logp, ref_logp, mask, cfg.beta)
     advantages, returns = gae(rewards, values, mask)
-    total = functools.partial(scale.all_sum, world=world)
+    total = ranks.sum
     log_ratio, count = (ref_logp - logp) * mask, total(mask.sum().item())
     statistics = {
         "reward": said["combined"].mean().item(), "helpful": said["helpful"].mean().item(),
@@ -685,10 +685,10 @@ def update(policy, critic, optimizers, rollouts: dict, at: Places) -> dict:
 
     Two networks and two optimizers: the weight of the value loss ([N+]: 0.1) would change nothing.
     """
-    cfg, world, record = at.cfg, at.world, []
+    cfg, ranks, record = at.cfg, at.ranks, []
     columns = [rollouts[k] for k in ("tokens", "lengths", "mask", "logp", "values", "advantages",
                                      "returns")]
-    for rows in minibatches(cfg, world):
+    for rows in minibatches(cfg, ranks):
         tokens, lengths, mask, old_logp, old_values, advantages, returns = (
             column[rows] for column in columns)
         logp = answer_logprobs(policy, tokens, lengths, mask, cfg.temperature)
@@ -696,11 +696,11 @@ def update(policy, critic, optimizers, rollouts: dict, at: Places) -> dict:
         loss_v = value_loss(values_of(critic, tokens, lengths), old_values, returns, mask)
         away = (ratio.detach() - 1).abs().max().item()
         assert record or away < 1e-6, f"ratio is 1 +- {away} before the first step: not one forward"
-        share = mask.sum().item() / scale.all_sum(mask.sum().item(), world)  # of all answer tokens
-        ((loss + loss_v) * share * world.dp).backward()  # FSDP averages gradients over its ranks
-        norms = [scale.clip(model, 1.0, world) for model in (policy, critic)]
+        share = mask.sum().item() / ranks.sum(mask.sum().item())  # of all answer tokens
+        ((loss + loss_v) * share * ranks.dp).backward()  # FSDP averages gradients over its ranks
+        norms = [scale.clip(model, 1.0) for model in (policy, critic)]
         mean_ratio = ratio.detach()[mask].mean()
-        loss, loss_v, clipped, ratio = (scale.all_sum(x.item() * share, world)
+        loss, loss_v, clipped, ratio = (ranks.sum(x.item() * share)
                                         for x in (loss, loss_v, clipped, mean_ratio))
         if not all(map(math.isfinite, (loss, loss_v, *norms))):
             raise FloatingPointError(f"policy loss {loss}, value loss {loss_v}, gradient norms "
@@ -711,7 +711,7 @@ def update(policy, critic, optimizers, rollouts: dict, at: Places) -> dict:
         record.append({"policy_loss": loss, "value_loss": loss_v, "clip_frac": clipped,
                        "ratio": ratio, "grad_norm": norms[0]})
     mask, returns = rollouts["mask"].float(), rollouts["returns"]
-    spread = [moments(x, mask, lambda x: scale.all_sum(x.item(), world))[1]
+    spread = [moments(x, mask, lambda x: ranks.sum(x.item()))[1]
               for x in (returns - rollouts["values"], returns)]
     means = {k: data.mean(r[k] for r in record) for k in record[0]}
     return {**means, "explained_variance": 1 - spread[0] / max(spread[1], 1e-12)}
@@ -744,20 +744,19 @@ def held_out(policy, ref, sft, at: Places) -> dict[str, float]:
     kl_sft, kl_start: nats per answer from the SFT model and from PPO's start. gold: the annotator's
     score, reported only, to see the reward model being exploited.
     """
-    cfg, world = at.cfg, at.world
+    cfg, ranks = at.cfg, at.ranks
     rows = draw_prompts(cfg, at.village, "held out", 2 * cfg.batch_size, "valid")
     prompts, responses, finished = answer(policy, at.tokenizer, [row["messages"] for row in rows],
-                                          cfg.temperature, cfg, world, ("held out",))
-    batch = pad([(prompts[i], responses[i]) for i in scale.rank_rows(len(rows), world)],
-                world.device)
-    size = len(scale.rank_rows(cfg.minibatch, world))  # of a forward pass, as in the update
+                                          cfg.temperature, cfg, ranks, ("held out",))
+    batch = pad([(prompts[i], responses[i]) for i in ranks.rows(len(rows))], ranks.device)
+    size = len(ranks.rows(cfg.minibatch))  # of a forward pass, as in the update
     parts = list(zip(*(column.split(size) for column in batch)))
     logp, start, base = (sum(answer_logprobs(model, *part, cfg.temperature).sum().item()
                              for part in parts) for model in (policy, ref, sft))
     said = at.reward(rows, prompts, responses)
     return {"val_reward": punish_cut(said["combined"], finished).mean().item(),
-            "kl_sft": scale.all_sum(logp - base, world) / len(rows),
-            "kl_start": scale.all_sum(logp - start, world) / len(rows),
+            "kl_sft": ranks.sum(logp - base) / len(rows),
+            "kl_start": ranks.sum(logp - start) / len(rows),
             "reward_helpful": said["helpful"].mean().item(),
             "reward_safety": said["safety"].mean().item(),
             "eos_rate": finished.float().mean().item(),
@@ -767,20 +766,20 @@ def held_out(policy, ref, sft, at: Places) -> dict[str, float]:
 def ppo(folder: Path, at: Places) -> tuple[M.Llama, dict]:
     """PPO from the last version: the policy with the best held-out reward within the KL limit,
     and its numbers. PPO's start is the first candidate: what PPO returns is never worse there."""
-    cfg, world, out = at.cfg, at.world, Path(at.cfg.out)
+    cfg, ranks, out = at.cfg, at.ranks, Path(at.cfg.out)
     sft_path, path = cfg.checkpoint or out / "sft.pt", out / "ppo.state.pt"
     start = out / f"rlhf_v{cfg.rounds}.pt" if cfg.rounds else sft_path
     policy, ref, sft = at.open(start), at.open(start), at.open(sft_path)
     models = {"policy": policy, "critic": open_critic(start, folder, at)}
     optimizers = {k: M.adamw(m, cfg.lr, 0.1) for k, m in models.items()}
     check_same = functools.partial(M.check_resume, cfg=cfg, tokenizer=at.tokenizer.model_bytes)
-    saved = scale.load_state(path, models, optimizers, world, check_same) if cfg.resume else None
+    saved = scale.load_state(path, models, optimizers, ranks, check_same) if cfg.resume else None
     log = M.Log("ppo", out, cfg.iterations, saved["step"] if saved else None)
     if saved:
         first, best, initial = saved["step"], saved["best"], saved["initial"]
     else:
         first, initial, metrics = 0, None, held_out(policy, ref, sft, at)
-        best = {"step": 0, **metrics, "weights": scale.full_weights(policy, world)}
+        best = {"step": 0, **metrics, "weights": scale.full_weights(policy)}
         log.step(0, **metrics)
     for iteration in range(first, cfg.iterations):
         # 1) rollout  2) score  3) rewards and advantages
@@ -795,19 +794,19 @@ def ppo(folder: Path, at: Places) -> tuple[M.Llama, dict]:
             found = held_out(policy, ref, sft, at)
             metrics |= found
             if found["kl_sft"] <= cfg.kl_limit and found["val_reward"] > best["val_reward"]:
-                best = {"step": done, **found, "weights": scale.full_weights(policy, world)}
+                best = {"step": done, **found, "weights": scale.full_weights(policy)}
             print("  {} -> {}".format(*rollouts["sample"]))
         log.step(done, **metrics)
         print("".join(line + "\n" for line in health(rollouts["statistics"], initial, cfg)), end="")
         if evaluates and done < cfg.iterations:
             info = M.resume_info(done, cfg.iterations, cfg, at.tokenizer.model_bytes)
             extra = {**info, "best": best, "initial": initial}
-            scale.save_state(path, models, optimizers, extra, world)
+            scale.save_state(path, models, optimizers, extra, ranks)
         if metrics.get("kl_sft", 0) > cfg.kl_limit or done - best["step"] >= PATIENCE:
             print(f"stopped at iteration {done}: the KL is over its limit, or the held-out reward "
                   f"has not risen for {PATIENCE} iterations")
             break
-    scale.load_weights(policy, best.pop("weights"), world)
+    scale.load_weights(policy, best.pop("weights"))
     return policy, best
 
 
@@ -819,7 +818,7 @@ def test_answers(model, rows: dict, at: Places) -> dict:
     found = {}
     for goal, asked in rows.items():
         prompts, responses, _ = answer(model, at.tokenizer, [r["messages"] for r in asked], 1.0,
-                                       at.cfg, at.world, ("versions", goal))
+                                       at.cfg, at.ranks, ("versions", goal))
         said = at.reward(asked, prompts, responses)
         found[goal] = {"texts": [at.tokenizer.decode(r).strip() for r in responses],
                        "helpful": said["helpful"], "safety": said["safety"]}
@@ -970,24 +969,24 @@ def main(cfg: Config) -> dict:
     """V1 to V5, PPO, evaluation; returns the final metrics. ValueError for what does not fit."""
     began, out = time.time(), Path(cfg.out)
     source = cfg.checkpoint or out / "sft.pt"
-    config = scale.shape_of(source, cfg.model, cfg.dry_run)
+    config = plan.shape_of(source, cfg.model, cfg.dry_run)
     cfg = settings(cfg, config.dim)
     if cfg.dry_run:
         length = config.max_seq_len
-        scale.dry_run(config, cfg.minibatch, length, recompute=cfg.recompute, tp=cfg.tp,
-                      tokens=cfg.iterations * cfg.batch_size * length, device=cfg.device,
-                      rollouts=cfg.batch_size)
+        plan.dry_run(config, cfg.minibatch, length, recompute=cfg.recompute, tp=cfg.tp,
+                     tokens=cfg.iterations * cfg.batch_size * length, device=cfg.device,
+                     rollouts=cfg.batch_size)
         return {}
     info = M.load(source, "cpu")[1]
-    world = scale.setup(cfg.device, cfg.tp)
-    print(kernels.choose(cfg.kernels, world.device))
-    at = Places(cfg, data.Tokenizer(info["tokenizer"]), data.World(), world)
+    ranks = scale.setup(cfg.device, cfg.tp)
+    print(kernels.choose(cfg.kernels, ranks.device))
+    at = Places(cfg, data.Tokenizer(info["tokenizer"]), data.World(), ranks)
     records, folder = all_versions(at)
     policy, best = ppo(folder, at)
     final = {**best, "kl": best["kl_sft"], "rounds": records}
     if not cfg.data:
         def give(model, dialogs, temperature):
-            _, responses, finished = answer(model, at.tokenizer, dialogs, temperature, cfg, world,
+            _, responses, finished = answer(model, at.tokenizer, dialogs, temperature, cfg, ranks,
                                             ("examination",))
             texts = [at.tokenizer.decode(r).strip() for r in responses]
             return texts, finished.float().mean().item()
@@ -1002,7 +1001,7 @@ def main(cfg: Config) -> dict:
         final |= final["versions"]["PPO"]
     final["minutes"] = (time.time() - began) / 60
     save(out / "ppo.pt", policy, "ppo", final, at)
-    if world.is_main:
+    if ranks.is_main:
         M.summarize("ppo", out, final)
         if not cfg.data:
             if not cfg.checkpoint:  # what SFT's answers score could not be known before
@@ -1011,8 +1010,8 @@ def main(cfg: Config) -> dict:
         print(f"wrote {out}/ppo.pt (PPO iteration {best['step']}, KL {final['kl']:.2f} nats from "
               f"SFT); next: python gatt.py")
         (out / "rlhf.state.json").unlink(missing_ok=True)
-    scale.remove_state(out / "ppo.state.pt", world)
-    scale.finish(world)
+    scale.remove_state(out / "ppo.state.pt", ranks)
+    ranks.finish()
     return final
 
 

@@ -84,20 +84,20 @@ def our_model(job: Job, scalar_head: bool = False) -> M.Llama:
 
 def single_process():
     import scale
-    return scale.World(torch.device("cpu"))
+    return scale.Ranks(torch.device("cpu"))
 
 
 def train_ours(tick, job: Job) -> None:
     """Steps of pretrain.py."""
     import pretrain
 
-    model, world = our_model(job), single_process()
+    model, ranks = our_model(job), single_process()
     optimizer = M.adamw(model, 1e-4, 0.1)
     pieces = 4 if job.mode == "quarters" else 1  # whose gradients add up: less memory, same step
     cfg = pretrain.Config(micro_batch=max(job.rows // pieces, 1))
     rows = random_tokens(job, job.rows, job.config.max_seq_len + 1)
     while True:
-        pretrain.train_step(model, optimizer, rows, 1e-4, cfg, world)
+        pretrain.train_step(model, optimizer, rows, 1e-4, cfg, ranks)
         tick(job.rows * job.config.max_seq_len)
 
 
@@ -105,13 +105,13 @@ def sft_ours(tick, job: Job) -> None:
     """Steps of sft.py: half of each row carries loss."""
     import sft
 
-    model, world = our_model(job), single_process()
+    model, ranks = our_model(job), single_process()
     optimizer, cfg = M.adamw(model, 1e-4, 0.1), sft.Config(micro_batch=job.rows)
     T = job.config.max_seq_len
     tokens = random_tokens(job, job.rows, T + 1)
     mask = (torch.arange(T + 1) > T // 2).long().expand(job.rows, T + 1)
     while True:
-        sft.train_step(model, optimizer, (tokens, mask, torch.zeros_like(tokens)), 1e-4, cfg, world)
+        sft.train_step(model, optimizer, (tokens, mask, torch.zeros_like(tokens)), 1e-4, cfg, ranks)
         tick(job.rows * T)
 
 
@@ -119,12 +119,12 @@ def reward_ours(tick, job: Job) -> None:
     """Steps of reward.py: pairs of two dialogues of half the context."""
     import reward
 
-    model, world, count = our_model(job, scalar_head=True), single_process(), job.rows // 2
+    model, ranks, count = our_model(job, scalar_head=True), single_process(), job.rows // 2
     optimizer, cfg = M.adamw(model, 1e-4, 0.1), reward.Config(batch_size=count, micro_batch=count)
     rows = random_tokens(job, 2 * count, job.config.max_seq_len // 2).tolist()
     pairs = [reward.Pair(a, b, 1, 0.0, (-1, -1), None, {}) for a, b in zip(rows[::2], rows[1::2])]
     while True:
-        reward.train_step(model, optimizer, pairs, 1e-4, 0.0, cfg, world)
+        reward.train_step(model, optimizer, pairs, 1e-4, 0.0, cfg, ranks)
         tick(count)
 
 
@@ -137,13 +137,13 @@ def ppo_ours(tick, job: Job) -> None:
     policy, ref = our_model(job), our_model(job)
     critic, reward_model = our_model(job, scalar_head=True), our_model(job, scalar_head=True)
     optimizers = [M.adamw(model, cfg.lr, 0.1) for model in (policy, critic)]
-    world = single_process()
+    ranks = single_process()
 
     def reward(rows, prompts, responses) -> dict:
-        said = ppo.scores(reward_model, [p + r for p, r in zip(prompts, responses)], world)
+        said = ppo.scores(reward_model, [p + r for p, r in zip(prompts, responses)], ranks)
         return dict.fromkeys(("helpful", "safety", "combined", "gate"), said)
 
-    at = SimpleNamespace(cfg=cfg, world=world, reward=reward, tokenizer=Numbers(job),
+    at = SimpleNamespace(cfg=cfg, ranks=ranks, reward=reward, tokenizer=Numbers(job),
                          village=SimpleNamespace(prompts=no_questions))
     iteration = 0
     while True:

@@ -86,7 +86,7 @@ def test_loss_is_on_the_last_answer_and_its_eos_alone(tokenizer):
 
 def test_rows_past_the_end_of_the_data_carry_no_loss():
     rows = [torch.ones(5, 4, dtype=torch.int64)] * 3  # five rows in batches of two
-    masks = [gatt.batch_at(step, rows, Config(batch_size=2), scale.World(torch.device("cpu")))[1]
+    masks = [gatt.batch_at(step, rows, Config(batch_size=2), scale.Ranks(torch.device("cpu")))[1]
              for step in range(3)]
     assert [mask.sum(1).tolist() for mask in masks] == [[4, 4], [4, 4], [4, 0]]
 

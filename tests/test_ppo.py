@@ -23,7 +23,7 @@ import reward
 import scale
 from ppo import Config, combine, gae, policy_loss, token_rewards, value_loss, whiten
 
-WORLD = scale.World(torch.device("cpu"))
+ALONE = scale.Ranks(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,8 @@ def toy(folder, **flags) -> Config:
 
 
 def places(folder, tokenizer, village, **flags) -> ppo.Places:
-    at = ppo.Places(toy(folder, **flags), tokenizer, village, WORLD)
-    at.reward = ppo.reward_pair(at.cfg, tokenizer, WORLD, folder)
+    at = ppo.Places(toy(folder, **flags), tokenizer, village, ALONE)
+    at.reward = ppo.reward_pair(at.cfg, tokenizer, ALONE, folder)
     return at
 
 
@@ -154,7 +154,7 @@ def test_the_held_out_kl_counts_every_answer(folder, tokenizer, village):
     found = ppo.held_out(policy, ref, policy, at)
     rows = ppo.draw_prompts(at.cfg, village, "held out", 16, "valid")
     prompts, responses, _ = ppo.answer(policy, tokenizer, [r["messages"] for r in rows], 1.0,
-                                       at.cfg, WORLD, ("held out",))
+                                       at.cfg, ALONE, ("held out",))
     for pair in zip(prompts, responses):
         one = ppo.pad([pair], torch.device("cpu"))
         with torch.no_grad():
@@ -314,8 +314,8 @@ def test_padding_changes_nothing(tokenizer):
                 assert torch.allclose(f(*batch)[row, :len(mask)][mask], f(*alone)[0][mask],
                                       atol=1e-6)
         assert not together[2][row, len(mask):].any()
-    assert torch.allclose(ppo.scores(critic, [p + r for p, r in rows], WORLD), torch.cat(
-        [ppo.scores(critic, [p + r], WORLD) for p, r in rows]), atol=1e-6)
+    assert torch.allclose(ppo.scores(critic, [p + r for p, r in rows], ALONE), torch.cat(
+        [ppo.scores(critic, [p + r], ALONE) for p, r in rows]), atol=1e-6)
 
 
 def test_the_value_of_a_state_does_not_see_the_action(tokenizer):
@@ -401,7 +401,7 @@ def test_every_version_starts_from_sft_and_the_newest_model_samples(folder, toke
     begun, sampled, merged = [], [], []
     sft = at.open(folder / "sft.pt").state_dict()
 
-    def imitate(model, examples, cfg, world):
+    def imitate(model, examples, cfg, ranks):
         begun.append(all(torch.equal(v, sft[k]) for k, v in model.state_dict().items()))
         merged.append(len(examples))
         with torch.no_grad():
@@ -427,8 +427,8 @@ def test_the_control_imitates_as_many_prompts_answered_by_sft_and_rejects_none(
     at, learnt, drawn = places(folder, tokenizer, village, rounds=1), [], []
     original = ppo.answer
 
-    def answer(model, tok, dialogs, temperature, cfg, world, purpose):
-        found = original(model, tok, dialogs, temperature, cfg, world, purpose)
+    def answer(model, tok, dialogs, temperature, cfg, ranks, purpose):
+        found = original(model, tok, dialogs, temperature, cfg, ranks, purpose)
         if purpose[0] == "control":
             drawn.append((model.output.weight.clone(), temperature, found))
         return found
@@ -465,7 +465,7 @@ def test_distillation_keeps_strictly_safer_answers_and_drops_the_preprompt(folde
     at = places(folder, tokenizer, village, prompts=12)
     asked = []
 
-    def answer(model, tokenizer, dialogs, temperature, cfg, world, purpose):
+    def answer(model, tokenizer, dialogs, temperature, cfg, ranks, purpose):
         asked.append(dialogs)
         prompts = [data.encode_dialog(tokenizer, d)[0] for d in dialogs]
         return prompts, [[len(asked), i, 2] for i in range(len(dialogs))], torch.tensor(
@@ -492,7 +492,7 @@ def test_imitation_makes_the_answers_likelier_and_learns_no_prompt(tokenizer):
     examples = [([1, 9, 30], [8, 5, 2]), ([1, 7], [6, 2])]
     batch = ppo.pad(examples, "cpu")
     before = ppo.answer_logprobs(model, *batch, 1.0).sum()
-    loss = ppo.imitate(model, examples * 16, toy("unused"), WORLD)
+    loss = ppo.imitate(model, examples * 16, toy("unused"), ALONE)
     assert ppo.answer_logprobs(model, *batch, 1.0).sum() > before and loss > 0
 
 
@@ -520,7 +520,7 @@ def test_fresh_comparisons_go_through_reward_py(folder, tokenizer, village, monk
     before, after = (M.load(f / "reward_safety.pt", "cpu")[0] for f in (
         folder, folder / "refreshed_1"))
     assert not torch.equal(before.output.weight, after.output.weight)
-    ppo.reward_pair(at.cfg, tokenizer, WORLD, folder / "refreshed_1")
+    ppo.reward_pair(at.cfg, tokenizer, ALONE, folder / "refreshed_1")
 
 
 def test_a_refresh_reads_as_many_older_comparisons_and_never_tests(folder, tokenizer, village,

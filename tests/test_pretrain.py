@@ -25,7 +25,7 @@ import scale
 from pretrain import Config, batch_at, learning_rate, main, next_token_loss, split_at_byte
 
 ROOT = Path(__file__).parent.parent
-ONE = scale.World(torch.device("cpu"))
+ONE = scale.Ranks(torch.device("cpu"))
 TEXT = " ".join(f"the {a} {b} saw {c} birds near the {d}."
                 for a in ("red", "blue", "old") for b in ("fox", "cow", "hen", "dog")
                 for c in range(10, 40) for d in ("mill", "sea"))
@@ -142,7 +142,7 @@ def test_a_row_is_a_stretch_of_the_stream_with_one_token_more_than_the_sequence(
 @pytest.mark.parametrize("dp", [2, 4])
 def test_the_global_batch_is_the_same_on_any_number_of_ranks(dp):
     stream, cfg = np.arange(500), Config(seq_len=8, batch_size=8)
-    parts = [batch_at(3, stream, cfg, scale.World(torch.device("cpu"), rank=r, size=dp))
+    parts = [batch_at(3, stream, cfg, scale.Ranks(torch.device("cpu"), rank=r, size=dp))
              for r in range(dp)]
     together = {tuple(row) for part in parts for row in part.tolist()}
     assert together == {tuple(row) for row in batch_at(3, stream, cfg, ONE).tolist()}

@@ -294,19 +294,19 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(chat, tokenizer):
     for micro in (1, 4):
         model, cfg = scalar(chat), Config(micro_batch=micro)
         optimizer = M.adamw(model, 0.0, 0.1)
-        world = scale.World(torch.device("cpu"))
-        norms.append(reward.train_step(model, optimizer, batch, 0.0, 0.7, cfg, world))
+        ranks = scale.Ranks(torch.device("cpu"))
+        norms.append(reward.train_step(model, optimizer, batch, 0.0, 0.7, cfg, ranks))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_the_auxiliary_loss_is_weighed_and_only_the_safety_model_has_it(chat, tokenizer):
     """One pair at its start: gradient norm differs with the weight, loss and accuracy do not."""
     batch = reward.encode([row(chosen_safe=True, rejected_safe=False)], tokenizer, "none", 64)
-    world, found = scale.World(torch.device("cpu")), []
+    ranks, found = scale.Ranks(torch.device("cpu")), []
     for weight in (0.0, 1.0):
         model = scalar(chat)
         found.append(reward.train_step(model, M.adamw(model, 0.0, 0.1), batch, 0.0, weight,
-                                       Config(), world))
+                                       Config(), ranks))
     assert found[0]["loss"] == found[1]["loss"]
     assert found[0]["grad_norm"] != found[1]["grad_norm"]
     assert "aux_loss" not in found[0]
@@ -415,7 +415,7 @@ def test_a_refresh_learns_at_half_the_rate_unless_told(chat, monkeypatch, older,
         rates.append(lr), {})[1])
     pairs = [reward.Pair([1], [2], 1, 0.0, (-1, -1), None, {})] * 400
     cfg = reward.Config(batch_size=4, lr=lr, resume_from=older)
-    list(reward.fit(chat, None, pairs, 0.0, cfg, scale.World(torch.device("cpu"))))
+    list(reward.fit(chat, None, pairs, 0.0, cfg, scale.Ranks(torch.device("cpu"))))
     assert max(rates) == pytest.approx(lr or share * reward.default_lr(chat.config), rel=0.01)
 
 
@@ -442,7 +442,7 @@ def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
     """The sampler is replaced: each dialogue gets answers named after its two temperatures."""
     jobs_seen = []
 
-    def sample(model, tokenizer, jobs, seed, world):
+    def sample(model, tokenizer, jobs, seed, ranks):
         jobs_seen.extend(jobs)
         return ["" if i % 10 == 0 else f"at {t}" for i, (_, t) in enumerate(jobs)]
 
@@ -492,5 +492,5 @@ def test_an_unfinished_answer_is_no_answer(chat, tokenizer, monkeypatch):
 
     monkeypatch.setattr(kernels, "rollout", rollout)
     jobs = [([{"role": "user", "content": "bread"}], t) for t in (0.5, 0.8, 1.1, 0.5)]
-    texts = reward.sample(chat, tokenizer, jobs, 0, scale.World(torch.device("cpu")))
+    texts = reward.sample(chat, tokenizer, jobs, 0, scale.Ranks(torch.device("cpu")))
     assert texts == ["", "here it is", "", "here it is"]

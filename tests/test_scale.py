@@ -1,4 +1,4 @@
-"""scale.py: many processes learn what one learns; the planner says what a run will need.
+"""scale.py: many processes learn what one learns, save and resume; shards hold the corpus.
 
 Ranks are forked from the test process and meet through a file (no network); each writes what its
 function returned into a file, and leaves by os._exit. `make test-scale` runs the marked rest.
@@ -16,7 +16,7 @@ import data, kernels, model as M, scale
 ROOT = Path(__file__).parent.parent
 CONFIG = M.ModelConfig(dim=48, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=80, vocab_size=320,
                        max_seq_len=64)  # hd 6; every size different
-ALONE = scale.World(torch.device("cpu"))
+ALONE = scale.Ranks(torch.device("cpu"))
 
 # -------------------------------------------------------------------------------------- harness
 
@@ -65,7 +65,7 @@ def wait(pids: list[int], seconds: float) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def ranks(size: int, folder: Path, fn, *args, seconds: float = 600) -> list:
+def on_ranks(size: int, folder: Path, fn, *args, seconds: float = 600) -> list:
     """What fn(*args) returns on each of `size` ranks; an error on one is raised here."""
     codes = wait(start(size, folder, fn, *args), seconds)
     errors = [p.read_text() for p in sorted(folder.glob("error-*"))]
@@ -76,10 +76,10 @@ def ranks(size: int, folder: Path, fn, *args, seconds: float = 600) -> list:
 # ------------------------------------------------------------------------------ a training run
 
 
-def batch(step: int, world) -> torch.Tensor:
+def batch(step: int, ranks) -> torch.Tensor:
     """This rank's rows of 8 random sequences: int64 (8 / dp, 33)."""
     rng = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(CONFIG.vocab_size, (8, 33), generator=rng)[list(scale.rank_rows(8, world))]
+    return torch.randint(CONFIG.vocab_size, (8, 33), generator=rng)[list(ranks.rows(8))]
 
 
 def loss_of(model, rows):
@@ -90,48 +90,47 @@ def loss_of(model, rows):
     return -logp.mean()
 
 
-def build(world, recompute=False, lr=2e-3):
+def build(ranks, recompute=False, lr=2e-3):
     with torch.device("meta"):
         model = M.Llama(CONFIG)
-    model = scale.wrap(model, world, seed=3, recompute=recompute)
+    model = scale.wrap(model, ranks, seed=3, recompute=recompute)
     return model, M.adamw(model, lr, 0.1)
 
 
-def learn(model, optimizer, world, steps: range) -> list[float]:
+def learn(model, optimizer, ranks, steps: range) -> list[float]:
     losses = []
     for step in steps:
-        loss = loss_of(model, batch(step, world))
+        loss = loss_of(model, batch(step, ranks))
         loss.backward()
-        losses.append(scale.all_mean(loss.item(), world))
-        losses.append(scale.clip(model, 0.5, world))
+        losses.append(ranks.mean(loss.item()))
+        losses.append(scale.clip(model, 0.5))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return losses
 
 
 def run_training(tp: int, recompute: bool) -> dict:
-    world = scale.setup("cpu", tp)
-    model, optimizer = build(world, recompute)
-    if world.mesh is not None:  # what a state saved before the first step does: it must not count
-        scale._distributed_state(model, optimizer, world)
-    out = {"init": scale.full_weights(model, world),
-           "losses": learn(model, optimizer, world, range(3))}
-    with scale.unsharded(model, world):  # three rows: the ranks' shares differ, one has none
+    ranks = scale.setup("cpu", tp)
+    model, optimizer = build(ranks, recompute)
+    if ranks.mesh is not None:  # what a state saved before the first step does: it must not count
+        scale._distributed_state(model, optimizer)
+    out = {"init": scale.full_weights(model), "losses": learn(model, optimizer, ranks, range(3))}
+    with scale.unsharded(model):  # three rows: the ranks' shares differ, one has none
         out["text"] = scale.rollout(model, [[1, 2, 3], [4, 5], [6]], 8, seed=1)[0]
-    out["losses"] += learn(model, optimizer, world, range(3, 6))
-    out["losses"] += score(world)
-    scale.finish(world)
+    out["losses"] += learn(model, optimizer, ranks, range(3, 6))
+    out["losses"] += score(ranks)
+    ranks.finish()
     return out
 
 
-def score(world) -> list[float]:
+def score(ranks) -> list[float]:
     """A reward model's mean score and the norm of its gradient: the head is one row."""
     with torch.device("meta"):
         model = M.Llama(replace(CONFIG, scalar_head=True))
-    model = scale.wrap(model, world, seed=4)
-    mean = model(batch(0, world)).mean()
+    model = scale.wrap(model, ranks, seed=4)
+    mean = model(batch(0, ranks)).mean()
     mean.backward()
-    return [scale.all_mean(mean.item(), world), scale.clip(model, 1.0, world)]
+    return [ranks.mean(mean.item()), scale.clip(model, 1.0)]
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +151,16 @@ class TestSameAsASingleProcess:
     """Losses and gradient norms of six steps within 1e-5 (float32), the first weights bit-equal."""
 
     def test_two_data_parallel_ranks(self, tmp_path, single):
-        check_equal(ranks(2, tmp_path / "r", run_training, 1, True), single)
+        check_equal(on_ranks(2, tmp_path / "r", run_training, 1, True), single)
 
     def test_two_tensor_parallel_ranks(self, tmp_path, single):
-        check_equal(ranks(2, tmp_path / "r", run_training, 2, False), single)
+        check_equal(on_ranks(2, tmp_path / "r", run_training, 2, False), single)
 
     @pytest.mark.scale
     @pytest.mark.parametrize("size, tp", [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
     @pytest.mark.parametrize("recompute", [False, True])
     def test_the_full_grid(self, tmp_path, single, size, tp, recompute):
-        check_equal(ranks(size, tmp_path / "r", run_training, tp, recompute), single)
+        check_equal(on_ranks(size, tmp_path / "r", run_training, tp, recompute), single)
 
     @pytest.mark.scale
     @pytest.mark.parametrize("run", range(50))
@@ -169,8 +168,8 @@ class TestSameAsASingleProcess:
         """Gloo aborted one exit in ten without the barrier of `finish`."""
         script = tmp_path / "two.py"
         script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-                          "import scale\nworld = scale.setup('cpu')\n"
-                          "assert scale.all_sum(1.0, world) == 2.0\nscale.finish(world)\n")
+                          "import scale\nranks = scale.setup('cpu')\n"
+                          "assert ranks.sum(1.0) == 2.0\nranks.finish()\n")
         port = 20000 + random.SystemRandom().randrange(20000)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_PORT": str(port),
                "MASTER_ADDR": "127.0.0.1"}
@@ -183,19 +182,19 @@ class TestSameAsASingleProcess:
 
 def run_weighted() -> dict:
     """Two ranks with 10 and 30 answer tokens; rank 0 of three rows in another order."""
-    world = scale.setup("cpu")
-    count, mean = ((10, 1.0), (30, 3.0))[world.rank]
+    ranks = scale.setup("cpu")
+    count, mean = ((10, 1.0), (30, 3.0))[ranks.rank]
     parameter = torch.nn.Parameter(torch.zeros(()))
-    total = scale.all_sum(count, world)
-    return {"total": total, "mean": scale.all_mean(mean, world, weight=count),
-            "scaled": float((mean * count) * world.dp / total + parameter),
-            "rows": list(scale.rank_rows(6, world)), "main": world.is_main,
-            "gathered": scale.gather([f"{world.rank}{i}" for i in range(3 - world.rank)], world)}
+    total = ranks.sum(count)
+    return {"total": total, "mean": ranks.mean(mean, weight=count),
+            "scaled": float((mean * count) * ranks.dp / total + parameter),
+            "rows": list(ranks.rows(6)), "main": ranks.is_main,
+            "gathered": ranks.gather([f"{ranks.rank}{i}" for i in range(3 - ranks.rank)])}
 
 
 def test_a_mean_over_ranks_counts_tokens_not_ranks(tmp_path):
     """(10 * 1 + 30 * 3) / 40 = 2.5, not 2; and the mean of the ranks' scaled losses is the same."""
-    a, b = ranks(2, tmp_path / "r", run_weighted)
+    a, b = on_ranks(2, tmp_path / "r", run_weighted)
     assert a["total"] == b["total"] == 40 and a["mean"] == b["mean"] == 2.5
     assert (a["scaled"] + b["scaled"]) / 2 == 2.5
     assert sorted(a["rows"] + b["rows"]) == list(range(6)) and a["rows"] == [0, 2, 4]
@@ -205,42 +204,42 @@ def test_a_mean_over_ranks_counts_tokens_not_ranks(tmp_path):
 
 def run_masked() -> float:
     """One step in which only the last of two rows has answer tokens, as a short last batch has."""
-    world = scale.setup("cpu")
-    model, _ = build(world)
-    rows = batch(0, world)[:2 // world.dp]
+    ranks = scale.setup("cpu")
+    model, _ = build(ranks)
+    rows = batch(0, ranks)[:2 // ranks.dp]
     mask = torch.zeros(2, 32)
     mask[1] = 1
-    mask = mask[list(scale.rank_rows(2, world))]
+    mask = mask[list(ranks.rows(2))]
     logp = kernels.token_logprobs(kernels.trunk(model, rows[:, :-1]), model.output.weight,
                                   rows[:, 1:], mask)
-    (-logp.sum() * world.dp / scale.all_sum(mask.sum().item(), world)).backward()
-    norm = scale.clip(model, 1.0, world)
-    scale.finish(world)
+    (-logp.sum() * ranks.dp / ranks.sum(mask.sum().item())).backward()
+    norm = scale.clip(model, 1.0)
+    ranks.finish()
     return norm
 
 
 def test_a_rank_without_answer_tokens_holds_up_nobody(tmp_path):
     """Its gradients are zeros, not None: the ranks' sums must have the same size."""
     expected = run_masked()
-    for norm in ranks(2, tmp_path / "r", run_masked):
+    for norm in on_ranks(2, tmp_path / "r", run_masked):
         assert norm == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_ranks():
     for dp, tp in ((1, 1), (2, 1), (4, 2), (8, 1)):
-        worlds = [scale.World(torch.device("cpu"), r, dp * tp, tp) for r in range(dp * tp)]
-        rows = [row for world in worlds[::tp] for row in scale.rank_rows(16, world)]
+        everyone = [scale.Ranks(torch.device("cpu"), r, dp * tp, tp) for r in range(dp * tp)]
+        rows = [row for ranks in everyone[::tp] for row in ranks.rows(16)]
         assert sorted(rows) == list(range(16))
     with pytest.raises(ValueError, match="--batch-size 6 rows cannot be split over 4"):
-        scale.rank_rows(6, scale.World(torch.device("cpu"), 0, 4))
+        scale.Ranks(torch.device("cpu"), 0, 4).rows(6)
 
 
 def test_tp_that_does_not_fit_is_one_clear_error(monkeypatch):
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         scale.setup("cpu", 2)
-    world = scale.World(torch.device("cpu"), 0, 8, 8, mesh="unused")
+    ranks = scale.Ranks(torch.device("cpu"), 0, 8, 8, mesh="unused")
     with pytest.raises(ValueError, match="--tp 8 must divide the model's 4 kv heads"):
-        scale.parallelize(M.Llama(CONFIG), world, None)
+        scale.parallelize(M.Llama(CONFIG), ranks, None)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="--tp 3 must divide the 4 ranks"):
@@ -248,10 +247,10 @@ def test_tp_that_does_not_fit_is_one_clear_error(monkeypatch):
 
 
 def run_failing() -> None:
-    world = scale.setup("cpu")
-    if world.rank == 1:
+    ranks = scale.setup("cpu")
+    if ranks.rank == 1:
         raise ValueError("rank 1 read a bad row")
-    scale.all_sum(1.0, world)
+    ranks.sum(1.0)
 
 
 def test_an_exception_on_one_rank_ends_the_other(tmp_path):
@@ -268,9 +267,9 @@ def test_torchrun_ends_all_ranks_when_one_fails(tmp_path):
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport scale, model as M\n"
                       "from dataclasses import dataclass\n"
                       "@dataclass\nclass Config:\n    device: str = 'cpu'\n"
-                      "def main(cfg):\n    world = scale.setup(cfg.device)\n"
-                      "    if world.rank == 1:\n        raise ValueError('a bad row')\n"
-                      "    scale.all_sum(1.0, world)\n    scale.finish(world)\n"
+                      "def main(cfg):\n    ranks = scale.setup(cfg.device)\n"
+                      "    if ranks.rank == 1:\n        raise ValueError('a bad row')\n"
+                      "    ranks.sum(1.0)\n    ranks.finish()\n"
                       "M.run(main, Config)\n")
     done = torchrun(2, script)
     assert done.returncode != 0 and done.stderr.count("fails.py: a bad row") == 1
@@ -287,7 +286,7 @@ def words_of(flags: dict) -> list[str]:
 def test_ctrl_c_of_torchrun_leaves_a_state_that_resumes_exactly(kit, tmp_path):
     """SIGINT goes to the launcher and to all ranks, as a terminal sends it."""
     more = dict(epochs=8, save_every=4, resume=True)
-    ranks(2, tmp_path / "r", run_stage, "sft", flags_of("sft", kit, tmp_path / "whole", **more))
+    on_ranks(2, tmp_path / "r", run_stage, "sft", flags_of("sft", kit, tmp_path / "whole", **more))
     flags = words_of(flags_of("sft", kit, tmp_path / "broken", **more))
     process = subprocess.Popen(
         [sys.executable, *LAUNCH, "2", "sft.py", *flags], stdout=subprocess.DEVNULL,
@@ -330,8 +329,8 @@ def torchrun(size: int, *words) -> subprocess.CompletedProcess:
 def test_without_torchrun_nothing_distributed_is_imported():
     """`import torch` brings what it brings; scale adds nothing of FSDP, DTensor, checkpointing."""
     code = ("import sys, torch; before = set(sys.modules); import scale, model as M; "
-            "w = scale.setup('cpu'); m = scale.wrap(M.Llama(M.PRESETS['tiny']), w, seed=0); "
-            "scale.all_sum(1, w); scale.clip(m, 1.0, w); scale.finish(w); "
+            "r = scale.setup('cpu'); m = scale.wrap(M.Llama(M.PRESETS['tiny']), r, seed=0); "
+            "r.sum(1); scale.clip(m, 1.0); r.finish(); "
             "print([k for k in set(sys.modules) - before if k.startswith('torch.distributed')])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
@@ -459,7 +458,7 @@ def small_tiny(monkeypatch):
 def check_stage(stage, size, tp, recompute, kit, alone, tmp_path) -> None:
     expected, answers = alone(stage)
     flags = flags_of(stage, kit, tmp_path / "out", tp=tp, recompute=recompute)
-    ranks(size, tmp_path / "r", run_stage, stage, flags, answers or None)
+    on_ranks(size, tmp_path / "r", run_stage, stage, flags, answers or None)
     found = logged(tmp_path / "out", stage)
     assert len(found) == len(expected) > 1
     for a, b in zip(found, expected):
@@ -483,7 +482,7 @@ def test_every_stage_logs_the_numbers_of_a_single_process(stage, size, tp, recom
 @pytest.mark.scale
 @pytest.mark.parametrize("tp", [1, 2])
 def test_ppo_with_fresh_answers_starts_at_ratio_1_and_kl_0(kit, tmp_path, tp):
-    ranks(2, tmp_path / "r", run_stage, "ppo", flags_of("ppo", kit, tmp_path / "out", tp=tp))
+    on_ranks(2, tmp_path / "r", run_stage, "ppo", flags_of("ppo", kit, tmp_path / "out", tp=tp))
     first = next(row for row in logged(tmp_path / "out", "ppo") if "ratio" in row)
     assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["clip_frac"] == 0
     assert first["kl"] == pytest.approx(0, abs=1e-6)
@@ -494,25 +493,25 @@ def test_ppo_with_fresh_answers_starts_at_ratio_1_and_kl_0(kit, tmp_path, tp):
 
 
 def run_saving(path, tp: int) -> dict:
-    world = scale.setup("cpu", tp)
-    model, optimizer = build(world)
-    learn(model, optimizer, world, range(2))
-    torch.manual_seed(world.rank)
+    ranks = scale.setup("cpu", tp)
+    model, optimizer = build(ranks)
+    learn(model, optimizer, ranks, range(2))
+    torch.manual_seed(ranks.rank)
     extra = {"step": 2, "note": "hello", "kl": torch.tensor([0.5])}
-    scale.save_state(path, {"policy": model}, {"policy": optimizer}, extra, world)
-    out = {"weights": scale.full_weights(model, world), "random": torch.rand(3),
-           "losses": learn(model, optimizer, world, range(2, 4))}
-    scale.finish(world)
+    scale.save_state(path, {"policy": model}, {"policy": optimizer}, extra, ranks)
+    out = {"weights": scale.full_weights(model), "random": torch.rand(3),
+           "losses": learn(model, optimizer, ranks, range(2, 4))}
+    ranks.finish()
     return out
 
 
 def run_resuming(path, tp: int) -> dict:
-    world = scale.setup("cpu", tp)
-    model, optimizer = build(world)
-    extra = scale.load_state(path, {"policy": model}, {"policy": optimizer}, world)
-    out = {"extra": extra, "weights": scale.full_weights(model, world), "random": torch.rand(3)}
-    out["losses"] = learn(model, optimizer, world, range(2, 4))
-    scale.finish(world)
+    ranks = scale.setup("cpu", tp)
+    model, optimizer = build(ranks)
+    extra = scale.load_state(path, {"policy": model}, {"policy": optimizer}, ranks)
+    out = {"extra": extra, "weights": scale.full_weights(model), "random": torch.rand(3)}
+    out["losses"] = learn(model, optimizer, ranks, range(2, 4))
+    ranks.finish()
     return out
 
 
@@ -528,8 +527,8 @@ def check_resumed(saved: list, resumed: list, exact: bool) -> None:
 
 def test_saved_on_two_ranks_resumes_on_two_exactly_and_on_one(tmp_path):
     path = tmp_path / "sft.state.pt"
-    saved = ranks(2, tmp_path / "a", run_saving, path, 1)
-    check_resumed(saved, ranks(2, tmp_path / "b", run_resuming, path, 1), exact=True)
+    saved = on_ranks(2, tmp_path / "a", run_saving, path, 1)
+    check_resumed(saved, on_ranks(2, tmp_path / "b", run_resuming, path, 1), exact=True)
     check_resumed(saved, [run_resuming(path, 1)], exact=False)
     check_consolidated(tmp_path, saved[0]["weights"])
     model, optimizer = build(ALONE)
@@ -564,10 +563,10 @@ def check_consolidated(folder: Path, weights: dict) -> None:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_saved_on_four_ranks_resumes_on_two_and_on_one(tmp_path, tp):
     path = tmp_path / "sft.state.pt"
-    saved = ranks(4, tmp_path / "a", run_saving, path, tp)
-    check_resumed(saved, ranks(4, tmp_path / "b", run_resuming, path, tp), exact=True)
-    check_resumed(saved, ranks(2, tmp_path / "c", run_resuming, path, 1), exact=False)
-    check_resumed(saved, ranks(2, tmp_path / "d", run_resuming, path, 2), exact=False)
+    saved = on_ranks(4, tmp_path / "a", run_saving, path, tp)
+    check_resumed(saved, on_ranks(4, tmp_path / "b", run_resuming, path, tp), exact=True)
+    check_resumed(saved, on_ranks(2, tmp_path / "c", run_resuming, path, 1), exact=False)
+    check_resumed(saved, on_ranks(2, tmp_path / "d", run_resuming, path, 2), exact=False)
     check_resumed(saved, [run_resuming(path, 1)], exact=False)
 
 
@@ -606,17 +605,17 @@ def test_a_finished_state_replaces_all_but_its_predecessor(tmp_path):
 
 
 def run_until_killed(path, log: Path, steps: int) -> None:
-    world = scale.setup("cpu")
-    model, optimizer = build(world)
-    saved = scale.load_state(path, model, optimizer, world)
+    ranks = scale.setup("cpu")
+    model, optimizer = build(ranks)
+    saved = scale.load_state(path, model, optimizer, ranks)
     for step in range(saved["step"] if saved else 0, steps):
-        losses = learn(model, optimizer, world, range(step, step + 1))
-        if world.is_main:
+        losses = learn(model, optimizer, ranks, range(step, step + 1))
+        if ranks.is_main:
             with open(log, "a") as f:
                 f.write(f"{step} {losses[0].hex()} {losses[1].hex()}\n")
         if step % 3 == 2:
-            scale.save_state(path, model, optimizer, {"step": step + 1}, world)
-    scale.finish(world)
+            scale.save_state(path, model, optimizer, {"step": step + 1}, ranks)
+    ranks.finish()
 
 
 def lines_by_step(log: Path) -> dict[str, set]:
@@ -628,7 +627,7 @@ def lines_by_step(log: Path) -> dict[str, set]:
 
 @pytest.mark.scale
 def test_killed_at_five_moments_and_resumed_every_loss_is_bit_equal(tmp_path):
-    ranks(2, tmp_path / "whole", run_until_killed, tmp_path / "a.state.pt", tmp_path / "a", 30)
+    on_ranks(2, tmp_path / "whole", run_until_killed, tmp_path / "a.state.pt", tmp_path / "a", 30)
     rng, kills = random.Random(7), 0
     for attempt in range(40):
         pids = start(2, tmp_path / f"try{attempt}", run_until_killed, tmp_path / "b.state.pt",
@@ -646,11 +645,11 @@ def test_killed_at_five_moments_and_resumed_every_loss_is_bit_equal(tmp_path):
 
 
 def run_half(path) -> tuple:
-    world = scale.setup("cpu", 2)
-    model = scale.wrap(M.load(path, "cpu")[0], world)
+    ranks = scale.setup("cpu", 2)
+    model = scale.wrap(M.load(path, "cpu")[0], ranks)
     optimizer = M.adamw(model, 1e-2, 0.1)
-    weights, losses = scale.full_weights(model, world), learn(model, optimizer, world, range(2))
-    scale.finish(world)
+    weights, losses = scale.full_weights(model), learn(model, optimizer, ranks, range(2))
+    ranks.finish()
     return weights, losses
 
 
@@ -661,7 +660,7 @@ def test_a_half_precision_file_is_trained_in_float32(tmp_path):
     model = scale.wrap(M.load(tmp_path / "half.pt", "cpu")[0], ALONE)
     expected = learn(model, M.adamw(model, 1e-2, 0.1), ALONE, range(2))
     model = M.load(tmp_path / "half.pt", "cpu")[0]
-    for weights, losses in ranks(2, tmp_path / "r", run_half, tmp_path / "half.pt"):
+    for weights, losses in on_ranks(2, tmp_path / "r", run_half, tmp_path / "half.pt"):
         assert losses == pytest.approx(expected, abs=1e-5)
         for name, weight in weights.items():
             assert weight.dtype == torch.float32 and torch.equal(weight.bfloat16(),
@@ -669,192 +668,19 @@ def test_a_half_precision_file_is_trained_in_float32(tmp_path):
 
 
 def run_weights_back() -> float:
-    world = scale.setup("cpu", 2)
-    model, optimizer = build(world)
-    kept = scale.full_weights(model, world)
-    first = learn(model, optimizer, world, range(2))
-    scale.load_weights(model, kept, world)
+    ranks = scale.setup("cpu", 2)
+    model, optimizer = build(ranks)
+    kept = scale.full_weights(model)
+    first = learn(model, optimizer, ranks, range(2))
+    scale.load_weights(model, kept)
     optimizer = M.adamw(model, 2e-3, 0.1)  # as in `build`
-    again = learn(model, optimizer, world, range(2))
-    scale.finish(world)
+    again = learn(model, optimizer, ranks, range(2))
+    ranks.finish()
     return max(abs(a - b) for a, b in zip(first, again))
 
 
 def test_weights_taken_out_whole_go_back_in(tmp_path):
-    assert ranks(2, tmp_path / "r", run_weights_back) == [0.0, 0.0]
-
-
-# ---------------------------------------------------------------------------------- the planner
-
-
-@pytest.mark.parametrize("name", ["tiny", "7b", "13b", "34b", "70b"])
-def test_flops_per_token_equal_torch_own_count_exactly(name):
-    """On the meta device, at full width, with one and two layers: so for any number of them."""
-    from torch.utils.flop_counter import FlopCounterMode
-    for layers in (1, 2):
-        c = replace(M.PRESETS[name], n_layers=layers)
-        with torch.device("meta"):
-            model, tokens = M.Llama(c), torch.empty(1, c.max_seq_len, dtype=torch.int64)
-        with FlopCounterMode(display=False) as counter:
-            model(tokens).sum().backward()
-        assert counter.get_total_flops() == c.max_seq_len * scale.flops_per_token(c, c.max_seq_len)
-
-
-def test_flops_of_the_70b_by_hand():
-    """6 (68,976,648,192 - 262,144,000 - 161 * 8192) + 12 * 80 * 8192 * 4096 per token."""
-    by_hand = 6 * (68_976_648_192 - 262_144_000 - 1_318_912) + 12 * 80 * 8192 * 4096
-    assert scale.flops_per_token(M.PRESETS["70b"], 4096) == by_hand
-
-
-def run_of(name, n_ranks, tp, rows, recompute, layers=0) -> scale.Run:
-    c = M.PRESETS[name]
-    c = replace(c, n_layers=layers or c.n_layers)
-    return scale.Run(c, rows * n_ranks // tp, c.max_seq_len, rows, n_ranks, tp, recompute)
-
-
-GRID = [("7b", 8, 1, 1, False), ("7b", 8, 1, 1, True), ("7b", 8, 1, 4, True),
-        ("7b", 2048, 1, 1, True), ("7b", 8, 2, 4, True), ("13b", 16, 2, 2, False),
-        ("13b", 16, 1, 1, True), ("34b", 64, 1, 1, True), ("34b", 64, 8, 1, False),
-        ("34b", 64, 8, 4, True), ("70b", 64, 1, 1, False), ("70b", 64, 1, 1, True),
-        ("70b", 512, 8, 1, True), ("70b", 2048, 8, 4, True), ("70b", 2048, 8, 4, False),
-        ("1b", 4, 2, 2, True), ("1b", 4, 1, 2, False), ("110m", 8, 1, 4, True)]
-
-
-@pytest.mark.parametrize("case", [GRID[1], pytest.param(GRID[13], marks=pytest.mark.scale)],
-                         ids=str)
-def test_closed_form_agrees_with_a_simulated_step_of_four_layers(case):
-    """The real sharded step on 8 and on 2048 fake ranks; within 6% (measured: 0.3%)."""
-    run = run_of(*case, layers=4)
-    assert run.peak() == pytest.approx(scale.simulate(run)["Total"], rel=0.06)
-
-
-@pytest.mark.scale
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_closed_form_agrees_with_the_simulation_at_full_depth(case):
-    run = run_of(*case)
-    simulated = scale.simulate(run)["Total"]
-    print(f"{case}: simulated {simulated / scale.GiB:.2f} GiB, "
-          f"closed form {run.peak() / simulated - 1:+.1%}")
-    assert run.peak() == pytest.approx(simulated, rel=0.06)
-
-
-SMALL = replace(M.PRESETS["tiny"], dim=256, n_heads=8, n_kv_heads=4, hidden_dim=704,
-                max_seq_len=256)
-
-
-def run_tracked(run: scale.Run) -> dict:
-    """The simulation's step on real ranks, with real numbers, under the same tracker."""
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    world = scale.setup("cpu", run.tp)
-    with torch.device("meta"):
-        model = scale.TrainingStep(run.config)
-    model = scale.wrap(model, world, seed=0, recompute=run.recompute)
-    optimizer = M.adamw(model, 1e-4, 0.1)
-    tokens = torch.zeros(run.rows, run.seq_len + 1, dtype=torch.int64)
-    model.step(tokens, optimizer)
-    tracker = FSDPMemTracker(model, optimizer)
-    tracker.track_inputs((tokens,))
-    with tracker:
-        model.step(tokens, optimizer)
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    scale.finish(world)
-    return {str(getattr(kind, "value", kind)): float(size) for kind, size in peak.items()}
-
-
-@pytest.mark.scale
-@pytest.mark.parametrize("size, tp, recompute", [(2, 1, False), (2, 1, True), (4, 2, True)])
-def test_the_simulation_equals_a_real_run(tmp_path, size, tp, recompute):
-    run = scale.Run(SMALL, 8 * size // tp, 256, 8, size, tp, recompute, half=False)
-    real = ranks(size, tmp_path / "r", run_tracked, run)[0]
-    assert real == scale.simulate(run)
-
-
-def test_the_plan_of_what_fits_fits():
-    run = scale.Run(M.PRESETS["70b"], 1024, 4096, ranks=64)
-    better = scale.advise(run, 80 * scale.GiB)
-    assert better.peak() <= 80 * scale.GiB < run.peak()
-    assert better.batch_size % (better.ranks // better.tp) == 0
-    text = scale.describe(run, 2e12, 80 * scale.GiB, "a GPU")
-    assert "it does not fit; this would" in text and "1,720,320" in text
-    assert "it fits" in scale.describe(better, 2e12, 80 * scale.GiB, "a GPU")
-
-
-def test_ppo_holds_six_models_and_its_cache():
-    """Two trained: 16 bytes per weight each; four frozen: 4 each. One rank keeps all."""
-    N = M.count_parameters(M.PRESETS["7b"])
-    run = scale.Run(M.PRESETS["7b"], 8, 4096, trained=2, frozen=4, rollouts=500)
-    parts = run.memory()
-    assert parts["weights"] + parts["optimizer"] == 2 * 12 * N
-    assert parts["frozen models"] == 4 * 4 * N
-    assert parts["KV cache"] == 500 * 4096 * 2 * 32 * 4096 * 2
-    assert "2 trained and 4 frozen" in scale.dry_run(M.PRESETS["7b"], 8, 4096, rollouts=500)
-
-
-@pytest.mark.parametrize("stage, shown", [
-    ("pretrain", "68,976,648,192 parameters|1024 rows x 4096|hours of one; the paper's Table 2: 1"),
-    ("sft", "68,976,648,192 parameters|64 rows x 4096"),
-    ("reward", "68,714,512,384 parameters|512 rows x 2 x 4096"),
-    ("ppo", "2 trained and 4 frozen models|64 rows x 4096|512 answers an iteration"),
-    ("gatt", "68,976,648,192 parameters|64 rows x 4096")])
-def test_dry_run_of_a_preset_needs_no_checkpoint_and_takes_the_papers_batch(stage, shown, tmp_path,
-                                                                            capsys):
-    module = __import__(stage)
-    flags = ["--model", "70b", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "none")]
-    assert module.main(M.cli(module.Config, flags)) == {}
-    text = capsys.readouterr().out
-    assert all(part in text for part in shown.split("|")), text
-    assert "does not fit" in text and not (tmp_path / "none").exists()
-    batch = "minibatch" if stage == "ppo" else "batch-size"
-    module.main(M.cli(module.Config, [*flags, f"--{batch}", "16"]))  # 16 is a default elsewhere
-    assert "16 rows x" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("stage, paper", [
-    ("pretrain", dict(tokens=2e12, batch_size=1024, seq_len=4096, warmup_steps=2000,
-                      weight_decay=0.1, clip=1.0)),  # [L2 §2.2, Table 1]
-    ("sft", dict(batch_size=64, seq_len=4096, epochs=2, weight_decay=0.1)),  # §3.1
-    ("reward", dict(batch_size=512)),  # §3.2.2
-    ("ppo", dict(iterations=400, batch_size=512, minibatch=64)),  # §3.2.3
-    ("gatt", dict(batch_size=64, seq_len=4096))])
-def test_from_7b_on_a_stage_has_the_papers_hyperparameters(stage, paper):
-    """And below it, and for a flag that is given, its own."""
-    module = __import__(stage)
-    toy, big = (M.at_size(module.Config(), module.PAPER, dim) for dim in (128, 4096))
-    assert {k: getattr(big, k) for k in paper} == paper and toy == module.Config()
-    given = M.cli(module.Config, ["--batch-size", str(module.Config.batch_size)])
-    assert M.at_size(given, module.PAPER, 4096).batch_size == module.Config.batch_size
-
-
-def test_learning_rates_from_7b_on_are_the_papers():
-    import gatt, ppo, pretrain, reward, sft
-    for name, pre, rm, beta in (("7b", 3e-4, 1e-5, 0.01), ("13b", 3e-4, 1e-5, 0.01),
-                                ("34b", 1.5e-4, 1e-5, 0.005), ("70b", 1.5e-4, 5e-6, 0.005)):
-        dim = M.PRESETS[name].dim
-        assert pretrain.LEARNING_RATE[name] == pre and reward.default_lr(M.PRESETS[name]) == rm
-        assert sft.default_lr(dim) == gatt.default_lr(dim) == 2e-5
-        cfg = ppo.settings(ppo.Config(), M.PRESETS[name].dim)
-        assert (cfg.rs_lr, cfg.lr, cfg.beta) == (2e-5, 1e-6, beta)
-
-
-def test_a_preset_that_is_not_the_checkpoints_is_one_clear_error(kit):
-    import sft
-    with pytest.raises(ValueError, match=r"--model 7b: .*sft.pt has another shape \(dim 24, 2 lay"):
-        sft.main(sft.Config(model="7b", checkpoint=str(kit / "sft.pt")))
-
-
-def test_a_run_that_is_too_large_is_planned_all_the_same():
-    text = scale.dry_run(M.PRESETS["70b"], 1024, 4096, device="cpu")
-    assert "68,976,648,192 parameters" in text and "it does not fit" in text
-
-
-def test_the_table_reprints_the_papers_hours(capsys):
-    scale.table(scale.Table())
-    rows = capsys.readouterr().out.splitlines()
-    for row, (name, hours, share) in zip(rows[1:], (("7b", "184,320", "44.5%"),
-                                                    ("13b", "368,640", "42.1%"),
-                                                    ("34b", "1,038,336", "37.8%"),
-                                                    ("70b", "1,720,320", "46.0%"))):
-        assert row.startswith(name) and hours in row and share in row
+    assert on_ranks(2, tmp_path / "r", run_weights_back) == [0.0, 0.0]
 
 
 # -------------------------------------------------------------------------------- data at scale
@@ -978,12 +804,7 @@ def test_pretraining_reads_shards_in_the_order_of_the_permutation(shards, small_
     assert 0 < final["val_bits_per_byte"] < 20
 
 
-def test_plan_prints_what_it_needs(capsys):
-    scale.plan(M.cli(scale.Plan, ["--model", "7b", "--ranks", "8", "--recompute"]))
-    assert "it fits" in capsys.readouterr().out
-
-
 def test_an_unknown_command_is_one_line_and_exit_code_2():
-    done = subprocess.run([sys.executable, "scale.py", "plna"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "scale.py", "tokenize"], capture_output=True, text=True,
                           cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "simulate" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "consolidate" in done.stderr

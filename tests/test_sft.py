@@ -13,7 +13,7 @@ import scale
 import sft
 from sft import Config, answer_loss, main, pack
 
-ONE = scale.World(torch.device("cpu"))
+ONE = scale.Ranks(torch.device("cpu"))
 LINES = [f"the {a} {b} saw {c} birds." for a in ("red", "old") for b in ("fox", "cow", "hen")
          for c in range(10, 30)]
 
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_answers_and_their_eos_dialogue_by_dialogue(toke
 
 def test_rows_past_the_end_of_the_data_carry_no_loss():
     rows = [torch.ones(5, 4, dtype=torch.int64)] * 3  # five rows in batches of two
-    masks = [sft.batch_at(step, rows, Config(batch_size=2), scale.World(torch.device("cpu")))[1]
+    masks = [sft.batch_at(step, rows, Config(batch_size=2), scale.Ranks(torch.device("cpu")))[1]
              for step in range(3)]
     assert [mask.sum(1).tolist() for mask in masks] == [[4, 4], [4, 4], [4, 0]]
 
