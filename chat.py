@@ -26,7 +26,8 @@ from typing import Literal
 
 import torch
 
-import convert, data, kernels, model as M
+import convert, data, kernels, model as M, rollouts, scale, stage
+from stage import ranged
 
 try:
     import readline
@@ -47,17 +48,16 @@ class Config:
     prompt: str | None = None  # answer this once on stdout, and leave
     system: str | None = None  # system message: who the model is, what it must keep to
     compare: bool = False  # answer --prompt with every stage in OUT, and score the answers
-    temperature: float = 0.6  # 0 is greedy; released code: 0.6 [META gen]
-    top_p: float = 0.9  # only the likeliest tokens that make up this share; released code: 0.9
-    max_new_tokens: int = 256  # tokens of an answer at most
-    seed: int | None = None  # of the random numbers; none: a new one for every answer
+    temperature: float = ranged(0.6, least=0, most=10)  # 0 is greedy; released code: 0.6 [META gen]
+    top_p: float = ranged(0.9, above=0, most=1)  # likeliest tokens of this share; released: 0.9
+    max_new_tokens: int = ranged(256, least=1)  # tokens of an answer at most
+    seed: int | None = ranged(None, least=0)  # of the random numbers; none: a new one each
     show_prompt: bool = False  # print the pieces that the model reads
     device: str = "auto"  # auto cuda mps cpu
     kernels: Literal["auto", "c", "torch"] = "auto"  # what computes: our C, or PyTorch
     dtype: Literal["fp32", "bf16", "int8", "int4"] | None = None  # of weights; none: the file's
 
 
-STAGES = ("pretrain", "sft", *(f"rlhf_v{n}" for n in range(1, 6)), "ppo", "gatt")  # OUT/STAGE.pt
 REWARDS = ("helpful", "safety")  # OUT/reward_NAME.pt
 CONTROLS = {c: "\ufffd" for c in [*range(32), *range(127, 160)] if chr(c) not in "\n\t"}
 HELP = """\
@@ -117,19 +117,19 @@ class Chat:
     def open(self, path) -> None:
         """Let the checkpoint at `path` speak; ValueError for reward models, which only score."""
         source = convert.open_model(path, self.cfg.tokenizer)
-        stage, config = source.info["stage"], source.config
+        kind, config = source.info["stage"], source.config
         if config.scalar_head:
             raise ValueError(f"{path} scores answers and gives none: choose a chat or base model")
         how = self.load(source)
         self.tokenizer, self.config = source.tokenizer, config
-        self.path, self.is_base = path, self.cfg.base or stage == "pretrain"
+        self.path, self.is_base = path, self.cfg.base or kind == "pretrain"
         if self.is_base:
             note(f"{path} is a base model, not a chat model: it continues your text, and reads "
                  f"neither a system message nor earlier turns")
         elif self.cfg.prompt is None:  # other formats do not say what they hold: "converted"
-            note(f"{path}: {stage}, {M.count_parameters(config):,} parameters; {how}\n/help lists "
+            note(f"{path}: {kind}, {M.count_parameters(config):,} parameters; {how}\n/help lists "
                  f"the commands" + ", --base is for models that only continue" *
-                 (stage == "converted"))
+                 (kind == "converted"))
 
     def load(self, source) -> str:
         """Make `source` ready to speak, in C where it can be; returns how, in a few words.
@@ -223,20 +223,20 @@ def rate(messages: list[dict], cfg: Config) -> dict[str, float]:
     scores = {}
     for name in REWARDS:
         if (path := Path(cfg.out) / f"reward_{name}.pt").is_file():
-            model, info = M.load(path, cfg.device)
+            model, info = M.load(path, "cpu")
             context = model.config.max_seq_len
             tokens, _ = fit(data.Tokenizer(info["tokenizer"]), messages, context, context)
-            tokens = torch.tensor([tokens]).to(model.output.weight.device)  # (1, T)
-            scores[name] = model(tokens)[0, -1].item()
+            model = scale.wrap(model, scale.Ranks(M.pick_device(cfg.device)))
+            scores[name] = rollouts.scores(model, [tokens]).item()
     return scores
 
 
 def compare(cfg: Config) -> None:
     """Print one row per stage: both reward models' scores, and the answer to --prompt."""
     seed = random.getrandbits(31) if cfg.seed is None else cfg.seed
-    print(f"{'stage':10}{'helpful':>8}{'safety':>8}  answer")
-    for stage in stages_in(cfg.out):
-        chat = Chat(cfg, Path(cfg.out) / f"{stage}.pt")
+    print(f"{'stage':13}{'helpful':>8}{'safety':>8}  answer")
+    for name in stages_in(cfg.out):
+        chat = Chat(cfg, Path(cfg.out) / f"{name}.pt")
         tokens = list(chat.stream(chat.prompt(cfg.prompt), seed))
         answer = data.break_tags(chat.tokenizer.decode(tokens).strip())
         chat.turns = [{"role": "user", "content": cfg.prompt},
@@ -246,8 +246,8 @@ def compare(cfg: Config) -> None:
         except ValueError as e:  # the answer is longer than a reward model reads: nan
             note(e)
             scores = {}
-        shown = "".join(f"{scores.get(name, math.nan):8.2f}" for name in REWARDS)
-        print(f"{stage:10}{shown}  {' '.join(answer.translate(CONTROLS).split())}", flush=True)
+        shown = "".join(f"{scores.get(which, math.nan):8.2f}" for which in REWARDS)
+        print(f"{name:13}{shown}  {' '.join(answer.translate(CONTROLS).split())}", flush=True)
 
 
 # --------------------------------------------------------------------------------- the terminal
@@ -303,22 +303,28 @@ def checked(cfg: Config) -> Config:
     """cfg itself; ValueError for numbers that nothing can be sampled with, and forged tags."""
     if not (cfg.temperature == 0 or 0.01 <= cfg.temperature <= 10):  # lower: logits overflow
         raise ValueError(f"temperature {cfg.temperature}: 0 (greedy), or 0.01 to 10")
-    if not 0 < cfg.top_p <= 1:
-        raise ValueError(f"top-p {cfg.top_p}: above 0, at most 1")
-    if cfg.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {cfg.max_new_tokens}: at least 1")
+    stage.check(cfg)
     data.check_dialog([{"role": "system", "content": cfg.system or ""},
                        {"role": "user", "content": ""}])
     return cfg
 
 
 def stages_in(out) -> list[str]:
-    """Stages with a checkpoint in `out`, in the order of training; FileNotFoundError if none."""
-    stages = [stage for stage in STAGES if (Path(out) / f"{stage}.pt").is_file()]
-    if not stages:
+    """What can chat of OUT/*.pt, in the order of training; FileNotFoundError if nothing can.
+
+    The order is that of the lines that the checkpoints remember: longer ones are later.
+    """
+    order = []
+    for path in sorted(Path(out).glob("*.pt")):
+        if path.name.endswith(".state.pt"):
+            continue
+        model, info = M.load(path, "cpu")  # mapped: nothing is read
+        if not model.config.scalar_head:
+            order.append((len(info["metrics"].get("lineage", [])), path.stem))
+    if not order:
         raise FileNotFoundError(f"no trained model in {out}: `make` trains all stages, `python "
                                 f"pretrain.py` the first; --checkpoint PATH opens another model")
-    return stages
+    return [name for _, name in sorted(order)]
 
 
 def note(text) -> None:
@@ -383,4 +389,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    M.run(main, Config)
+    stage.run(main, Config)

@@ -32,9 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import model
+import model, stage
 from data import Tokenizer
 from model import Llama, ModelConfig
+from stage import ranged
 
 # ------------------------------------------------------------------------- names, shards, rotary
 
@@ -780,7 +781,7 @@ class Config:
     to: Literal["own", "meta", "hf", "llama2c", "gguf"] = "own"  # the format to write
     out: str = ""  # new file (own, llama2c, gguf) or new folder (meta, hf)
     tokenizer: str = ""  # SentencePiece model, where the checkpoint has none beside it
-    shards: int = 1  # meta only: number of consolidated.NN.pth; Meta: 7B 1, 13B 2, 70B 8
+    shards: int = ranged(1, least=1)  # meta only: consolidated.NN.pth; Meta: 7B 1, 13B 2, 70B 8
     dtype: Literal["fp32", "bf16", "fp16", "q8_0", "q4_0"] | None = None  # None: as it is; q: gguf
 
 
@@ -804,6 +805,7 @@ def check_command(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     """Read `checkpoint`, write `out`; what can be wrong is found before a byte is written."""
+    stage.check(cfg)
     check_command(cfg)
     source, out = open_model(cfg.checkpoint, cfg.tokenizer or None), Path(cfg.out)
     if source.config.scalar_head and cfg.to != "own":
@@ -831,4 +833,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    model.run(main, Config)
+    stage.run(main, Config)

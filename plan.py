@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import kernels, model as M, scale
+import kernels, model as M, scale, stage
+from stage import ranged
 
 GiB = 2**30
 A100 = 312e12  # FLOP/s, bf16; 80 GiB of memory each [L2 Table 2]
@@ -283,7 +284,7 @@ def simulate(run: Run) -> dict[str, float]:
         scale.parallelize(model, ranks, torch.bfloat16 if run.half else None)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            optimizer = M.adamw(model, 1e-4, 0.1)
+            optimizer = stage.adamw(model, 1e-4, 0.1)
             tokens = torch.empty(run.rows, run.seq_len + 1, dtype=torch.int64)
             model.step(tokens, optimizer)  # untracked: DTensor works out its layouts only once
             tracker = FSDPMemTracker(model, optimizer)
@@ -323,26 +324,21 @@ class Plan:
     """Flags of `plan` and `simulate`, one training run."""
 
     model: str = "70b"  # preset: tiny 15m 110m 1b 7b 13b 34b 70b
-    layers: int = 0  # 0: the preset's; 4 are enough to compare simulation and closed form
-    ranks: int = 2048  # GPUs; paper: 2000 (§2.2.1)
-    tp: int = 1  # of which so many split each matrix
-    batch_size: int = 1024  # rows of a step, over all ranks; paper: 4M tokens (Table 1)
-    micro_batch: int = 1  # rows per rank and forward pass
-    seq_len: int = 0  # tokens; 0: the preset's context
+    layers: int = ranged(0, least=0)  # 0: the preset's; 4 do to compare with the closed form
+    ranks: int = ranged(2048, least=1)  # GPUs; paper: 2000 (§2.2.1)
+    tp: int = ranged(1, least=1)  # of which so many split each matrix
+    batch_size: int = ranged(1024, least=1)  # rows of a step; paper: 4M tokens (Table 1)
+    micro_batch: int = ranged(1, least=1)  # rows per rank and forward pass
+    seq_len: int = ranged(0, least=0)  # tokens; 0: the preset's context
     recompute: bool = False  # recompute activations in the backward pass
-    gpu_memory: float = 80  # GiB; paper: A100-80GB (§2.2.1)
-    tokens: float = PAPER_TOKENS  # of the whole training; paper: 2e12 (Table 1)
-    utilisation: float = 0.45  # of the chip's peak; paper: .38 to .46, see `table`
+    gpu_memory: float = ranged(80, above=0)  # GiB; paper: A100-80GB (§2.2.1)
+    tokens: float = ranged(PAPER_TOKENS, least=1)  # of the whole training; paper: 2e12 (Table 1)
+    utilisation: float = ranged(0.45, above=0)  # of the chip's peak; paper: .38 to .46, see `table`
 
     def run(self) -> Run:
+        stage.check(self)
         c = M.preset(self.model)
         c = replace(c, n_layers=self.layers or c.n_layers)
-        least = {"ranks": 1, "tp": 1, "batch_size": 1, "micro_batch": 1, "gpu_memory": 1e-9,
-                 "tokens": 1, "utilisation": 1e-9, "layers": 0, "seq_len": 0}
-        for name, low in least.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least "
-                                 f"{low}")
         if self.ranks % self.tp or c.n_kv_heads % self.tp:
             raise ValueError(f"--tp {self.tp} must divide --ranks {self.ranks} and the model's "
                              f"{c.n_kv_heads} kv heads")
@@ -370,11 +366,12 @@ def run_simulation(cfg: Plan) -> None:
 class Table:
     """Flags of `table`, the paper's four sizes."""
 
-    ranks: int = 2048  # GPUs for the column of days; paper: 2000 (§2.2.1)
+    ranks: int = ranged(2048, least=1)  # GPUs for the column of days; paper: 2000 (§2.2.1)
 
 
 def table(cfg: Table) -> None:
     """The paper's four sizes: hours of Table 2, and what they imply."""
+    stage.check(cfg)
     print("size      parameters  FLOPs/token  A100 hours  of peak  tokens/s/GPU  days on "
           f"{cfg.ranks}  GiB/GPU*")
     for name, hours in PAPER_HOURS.items():
@@ -395,4 +392,4 @@ if __name__ == "__main__":
         print(f"plan.py: give one of {', '.join(COMMANDS)}; `python plan.py plan --help` lists "
               f"a command's flags", file=sys.stderr)
         raise SystemExit(2)
-    M.run(*COMMANDS[sys.argv.pop(1)])
+    stage.run(*COMMANDS[sys.argv.pop(1)])

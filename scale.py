@@ -45,7 +45,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import data, kernels, model as M
+import data, kernels, model as M, stage
+from stage import ranged
 
 # ------------------------------------------------------------------------------- the processes
 
@@ -393,6 +394,15 @@ def load_weights(model, weights: dict[str, Tensor]) -> None:
     set_model_state_dict(model, weights if ranks.is_main else {}, options=options)
 
 
+def save(path, model, name: str, tokenizer: bytes, metrics: dict, trained_on: str) -> None:
+    """`M.save` of a model that may be sharded: rank 0 writes, and all go on when it is there."""
+    weights = full_weights(model)
+    ranks = ranks_of(model)
+    if ranks.is_main:
+        M.save(path, model, name, tokenizer, metrics, trained_on, weights=weights)
+    ranks.barrier()
+
+
 def save_state(path, model, optimizer, extra: dict, ranks: Ranks) -> None:
     """Write what a running stage needs to go on: weights, optimizer, random state, `extra`.
 
@@ -404,7 +414,7 @@ def save_state(path, model, optimizer, extra: dict, ranks: Ranks) -> None:
     folder = Path(path).with_suffix("")
     if ranks.mesh is None:
         parts = {k: v.state_dict() for k, v in _parts(model, optimizer).items()}
-        M.save_state(path, {"parts": parts, "random": _random_state(ranks), "extra": extra})
+        stage.save_state(path, {"parts": parts, "random": _random_state(ranks), "extra": extra})
         shutil.rmtree(folder, ignore_errors=True)  # what many ranks wrote before
         return
     import torch.distributed.checkpoint as dcp
@@ -417,12 +427,12 @@ def save_state(path, model, optimizer, extra: dict, ranks: Ranks) -> None:
         temporary.mkdir(parents=True)
     ranks.barrier()
     dcp.save(_distributed_state(model, optimizer), checkpoint_id=temporary)
-    M.save_state(temporary / f"random-{ranks.rank}-of-{ranks.size}.pt", _random_state(ranks))
+    stage.save_state(temporary / f"random-{ranks.rank}-of-{ranks.size}.pt", _random_state(ranks))
     ranks.barrier()  # every part is on the disk
     if ranks.is_main:
-        M.save_state(temporary / "extra.pt", extra)
+        stage.save_state(temporary / "extra.pt", extra)
         shapes = {name: asdict(part.config) for name, part in _parts(model, {}).items()}
-        M.save_state(temporary / "shapes.pt", shapes)  # for `consolidate`
+        stage.save_state(temporary / "shapes.pt", shapes)  # for `consolidate`
         _swap_in(temporary, final)
         Path(path).unlink(missing_ok=True)  # what a single process wrote before
     ranks.barrier()
@@ -445,6 +455,26 @@ def _swap_in(temporary: Path, final: Path) -> None:
             shutil.rmtree(old)
 
 
+def _newest_state(path) -> tuple[dict | None, Path | None]:
+    """(a single process's state, None), (None, folder of many ranks' state), or (None, None)."""
+    folder = Path(path).with_suffix("")
+    states = sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
+    single = stage.load_state(path)
+    if single and not single.keys() >= {"parts", "random", "extra"}:
+        raise ValueError(f"{path} is not a resume state of a stage: delete it to start afresh")
+    if single and (not states or single["extra"]["step"] > int(states[-1].name[5:])):
+        return single, None
+    return None, states[-1] if states else None
+
+
+def peek_state(path) -> dict | None:
+    """`extra` of the newest complete state of `path`; None when there is none."""
+    single, folder = _newest_state(path)
+    if single:
+        return single["extra"]
+    return stage.load_state(folder / "extra.pt") if folder else None
+
+
 def load_state(path, model, optimizer, ranks: Ranks, check=None) -> dict | None:
     """Continue from the newest complete state of `path`: fills model and optimizer, returns extra.
 
@@ -452,28 +482,22 @@ def load_state(path, model, optimizer, ranks: Ranks, check=None) -> dict | None:
     raise. Many ranks' state loads on any number of ranks, one included; there the random state is
     left as it is, and losses agree to rounding instead of bit for bit.
     """
-    folder = Path(path).with_suffix("")
-    states = sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
-    single = M.load_state(path)
-    if single and not single.keys() >= {"parts", "random", "extra"}:
-        raise ValueError(f"{path} is not a resume state of a stage: delete it to start afresh")
-    if single and (not states or single["extra"]["step"] > int(states[-1].name[5:])):
-        if ranks.mesh is not None:
-            raise ValueError(f"{path} is the state of a single process: continue it without "
-                             f"torchrun, or leave --resume away to start afresh")
-        if check:
-            check(single["extra"])
+    single, folder = _newest_state(path)
+    if single and ranks.mesh is not None:
+        raise ValueError(f"{path} is the state of a single process: continue it without "
+                         f"torchrun, or leave --resume away to start afresh")
+    if not single and not folder:
+        return None
+    extra = single["extra"] if single else stage.load_state(folder / "extra.pt")
+    if check:
+        check(extra)
+    if single:
         for name, part in _parts(model, optimizer).items():
             part.load_state_dict(single["parts"][name])
         _set_random_state(single["random"], ranks)
-        return single["extra"]
-    if not states:
-        return None
-    extra = M.load_state(states[-1] / "extra.pt")
-    if check:
-        check(extra)
-    _load_distributed(states[-1], model, optimizer, ranks)
-    random_state = M.load_state(states[-1] / f"random-{ranks.rank}-of-{ranks.size}.pt")
+        return extra
+    _load_distributed(folder, model, optimizer, ranks)
+    random_state = stage.load_state(folder / f"random-{ranks.rank}-of-{ranks.size}.pt")
     if random_state:
         _set_random_state(random_state, ranks)
     return extra
@@ -502,7 +526,7 @@ def consolidate(cfg: Consolidate) -> None:
     if not states:
         raise FileNotFoundError(f"{cfg.state} holds no finished state: give the folder that "
                                 f"a stage under torchrun writes, as out/pretrain.state")
-    shapes, name = M.load_state(states[-1] / "shapes.pt"), f"model.{cfg.part}"
+    shapes, name = stage.load_state(states[-1] / "shapes.pt"), f"model.{cfg.part}"
     if name not in shapes:
         raise ValueError(f"--part {cfg.part!r}: {states[-1]} holds "
                          f"{', '.join(n[6:] or repr('') for n in shapes if n != 'format')}")
@@ -722,10 +746,10 @@ class Tokenise:
 
     data: str = "corpus"  # .txt, .jsonl or a folder of them
     tokenizer: str = "tokenizer.model"  # SentencePiece model
-    vocab_size: int = 0  # if > 0 and it does not exist: train it on the data; paper: 32000 (§2.2)
+    vocab_size: int = ranged(0, least=0)  # if > 0 and it does not exist: train it; paper: 32000
     out: str = "shards"  # folder of the shards
-    shard_megabytes: int = 8  # of text per shard; a kill loses at most this much per worker
-    workers: int = 0  # processes; 0: one per core
+    shard_megabytes: int = ranged(8, least=1)  # of text per shard; a kill loses that per worker
+    workers: int = ranged(0, least=0)  # processes; 0: one per core
 
 
 def tokenise(cfg: Tokenise) -> None:
@@ -733,10 +757,8 @@ def tokenise(cfg: Tokenise) -> None:
 
     Shards are plain arrays of ids, uint16 (uint32 above 65,536 pieces): BOS text EOS BOS ...
     """
+    stage.check(cfg)
     out, workers = Path(cfg.out), cfg.workers or os.cpu_count() or 1
-    if cfg.shard_megabytes < 1 or workers < 1:
-        raise ValueError(f"--shard-megabytes {cfg.shard_megabytes} --workers {cfg.workers}: at "
-                         f"least 1 (--workers 0: one per core)")
     if cfg.vocab_size and not Path(cfg.tokenizer).exists():
         trained = data.train_tokenizer(data.read_texts(cfg.data), cfg.vocab_size)
         M.atomic_write(cfg.tokenizer, lambda f: f.write(trained))
@@ -817,4 +839,4 @@ if __name__ == "__main__":
         print(f"scale.py: give one of {', '.join(COMMANDS)}; `python scale.py tokenise --help` "
               f"lists a command's flags", file=sys.stderr)
         raise SystemExit(2)
-    M.run(*COMMANDS[sys.argv.pop(1)])
+    stage.run(*COMMANDS[sys.argv.pop(1)])

@@ -684,7 +684,7 @@ class Village:
         rows, seen, misses = [], set(), 0
         while len(rows) < n:
             drawn = draw(MIXES.get(kind, {kind: 1.}), rng)
-            messages = self._dialogue(self.ask(drawn, rng, split), rng, flawed=False)[:-1]
+            messages = self.dialogue(self.ask(drawn, rng, split), rng, flawed=False)[:-1]
             if styled and rng.random() < styled:
                 self._instruct(messages, rng)
             key = " ".join(message["content"] for message in messages)
@@ -697,7 +697,7 @@ class Village:
                 rows.append({"messages": messages, "kind": drawn, "is_safety": drawn == "unsafe"})
         return rows
 
-    def _dialogue(self, ask, rng, flawed):
+    def dialogue(self, ask: Ask, rng: random.Random, flawed: bool) -> list[dict]:
         """Messages of the question's turns, answers careful or in the manner of a random writer."""
         messages = []
         for turn in self.turns(ask, rng):
@@ -716,7 +716,7 @@ class Village:
                 yield {"messages": self._long_dialogue(rng)}
                 continue
             questions = rng.randint(2, 4) if rng.random() < MULTI_TURN else 1
-            messages = [message for _ in range(questions) for message in self._dialogue(
+            messages = [message for _ in range(questions) for message in self.dialogue(
                 self.ask(draw(DEMONSTRATIONS, rng), rng, "train"), rng, flawed=True)]
             if rng.random() < STYLED:
                 last = messages.pop()
