@@ -1,4 +1,4 @@
-"""python -m kernels: what it checks, what it prints, how it referees; never how fast."""
+"""python -m bench: what it checks, what it prints, how it referees; never how fast."""
 import subprocess
 import sys
 import time
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.__main__ as bench
 import kernels
-import kernels.__main__ as bench
 import model as M
-from kernels import build, native, ops, peers
+from bench import ops, peers
+from kernels import build, native
 
 try:
     build.load_library()
@@ -79,7 +80,7 @@ def test_a_number_that_is_not_finite_is_wrong():
 def test_each_kernel_stands_beside_a_limit_and_pytorch(capsys):
     bench.main(bench.Config(parts="limits,ops", **QUICK))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("repeat: python -m kernels")
+    assert lines[0].startswith("repeat: python -m bench")
     assert any("multiply-adds in registers" in line and line.endswith("100%") for line in lines)
     assert sum("GB/s read" in line for line in lines) == len(bench.PLACES)
     table = [line for line in lines if line.endswith("x") and "/s" in line]
@@ -270,7 +271,7 @@ def test_what_cannot_be_done_is_one_line(flags, what):
 
 
 def test_the_command_names_itself_and_exits_with_2():
-    done = subprocess.run([sys.executable, "-m", "kernels", "--part", "check"], text=True,
+    done = subprocess.run([sys.executable, "-m", "bench", "--part", "check"], text=True,
                           capture_output=True, cwd=Path(bench.__file__).parent.parent)
     assert done.returncode == 2
-    assert done.stderr == "python -m kernels: unknown argument --part: did you mean --parts?\n"
+    assert done.stderr == "python -m bench: unknown argument --part: did you mean --parts?\n"

@@ -1,24 +1,4 @@
-"""Are the kernels right, and how fast are they? Measures this machine, ours and the others' code.
-
-    python -m kernels                        everything at three sizes; with the peers installed
-                                             the training steps alone take eight minutes
-    python -m kernels --parts check          every kernel against float64, seconds
-    python -m kernels --parts limits,ops     what the machine can do, and each kernel beside it
-    python -m kernels --parts train,rollout,decode,align --shapes T1     whole tasks
-
-check    each kernel in C against PyTorch in float64, forward and backward, at sizes that divide by
-         nothing; generation against model.py. Exit code 1 if anything is off.
-limits   multiply-adds in registers, our matrix product, PyTorch's, and the speed of each cache and
-         of memory: measured, not read from a data sheet.
-ops      each kernel alone: its rate, the share of its limit, and PyTorch's time for the same.
-train    a step of pretrain.py; rollout: 64 answers of 64 tokens; decode: one answer, token by
-         token; align: steps of sft.py and reward.py and an iteration of ppo.py. Against plain
-         PyTorch, and against transformers, trl 1.12.0 and llama-cpp-python where installed.
-
-Times depend on what else the machine does: the first line says how busy it is. Contestants run in
-turn, in processes of their own, and only ratios within a round are compared. On a machine that is
-never quiet, --threads 1 --clock cpu counts the processor time that each one used instead.
-"""
+"""The command: its flags, and its parts in order. The page that --help prints is __init__.py."""
 
 from __future__ import annotations
 
@@ -29,9 +9,12 @@ from typing import Literal
 
 import torch
 
-import kernels, model as M
-from kernels import native, ops, peers
+import bench, kernels, model as M
+from bench import ops, peers
+from kernels import native
 from kernels.decode import Decoder
+
+__doc__ = bench.__doc__  # for --help
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -283,7 +266,7 @@ def main(cfg: Config) -> None:
         torch.set_num_threads(cfg.threads)
     wants = set(parts)
     sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in peers.SHAPES]
-    print(f"repeat: python {shlex.join(['-m', 'kernels', *sys.argv[1:]])}\n{processor()}, "
+    print(f"repeat: python {shlex.join(['-m', 'bench', *sys.argv[1:]])}\n{processor()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{'processor time' if cfg.clock == 'cpu' else busy()}")
     line = kernels.choose("auto")
@@ -309,5 +292,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "python -m kernels"
+    sys.argv[0] = "python -m bench"
     M.run(main, Config)

@@ -22,7 +22,8 @@ from typing import Callable, NamedTuple
 import torch
 
 import kernels, model as M
-from kernels import build, ops
+from bench import ops
+from kernels import build
 
 SHAPES = {  # name: (config, sequences per step); the sizes that PERFORMANCE's goals are stated at
     "T1": (M.ModelConfig(128, 4, 4, 2, 352, 1024, 256), 32),
