@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 import bench, kernels, model as M
-from bench import ops, peers
+from bench import ops, tasks
+from bench.referee import CLOCKS
 from kernels import native
 from kernels.decode import Decoder
 
@@ -122,7 +123,7 @@ def rate(function, amount: float, seconds: float, clock=time.perf_counter) -> fl
 def rates(functions: list, amounts: list[float], cfg: Config) -> list[float]:
     """The median rate of each, over interleaved rounds: a b c a b c ..."""
     seconds, rounds = (0.001, 1) if cfg.quick else (cfg.seconds / 30, cfg.rounds)
-    clock = peers.CLOCKS[cfg.clock]
+    clock = CLOCKS[cfg.clock]
     found = [[rate(f, amount, seconds, clock) for f, amount in zip(functions, amounts)]
              for _ in range(rounds + 1)]
     return [statistics.median(column) for column in zip(*found[1:])]
@@ -185,7 +186,7 @@ def measure_limits(cfg: Config) -> Limits:
 def products_of(sizes: list[str], limits: Limits, cfg: Config) -> None:
     """The widest product of each model (gate and up): ours in every core, PyTorch's on all rows."""
     for shape in sizes:
-        (config, B), n = peers.SHAPES[shape], torch.get_num_threads()
+        (config, B), n = tasks.SHAPES[shape], torch.get_num_threads()
         T, K, N = config.max_seq_len, config.dim, 2 * config.hidden_dim
         alone = [ops.product("", 0, T, N, K, torch.Generator()) for _ in range(n)]
         pairs = [(torch.randn(B * T, K).to(kind), torch.randn(K, N).to(kind))
@@ -203,7 +204,7 @@ def products_of(sizes: list[str], limits: Limits, cfg: Config) -> None:
 
 def op_table(shape: str, limits: Limits, cfg: Config) -> None:
     """Each kernel beside its limit and beside PyTorch, at one model's sizes."""
-    config, B = peers.SHAPES[shape]
+    config, B = tasks.SHAPES[shape]
     T, n = config.max_seq_len, torch.get_num_threads()
     print(f"\nops at {shape}: {B} sequences of {T} tokens, {n} cores; us per sequence and core\n"
           f"{'':<28}{'sizes':<24}{'ours':>9}{'rate':>14}{'limit':>7}{'share':>7}"
@@ -250,7 +251,7 @@ def chosen(cfg: Config) -> tuple[list[str], list[str]]:
     if cfg.clock == "cpu" and cfg.threads != 1:
         raise ValueError("--clock cpu adds up the time of all threads: give --threads 1 with it")
     given = []
-    for flag, there in (("parts", PARTS), ("shapes", (*peers.SHAPES, *M.PRESETS))):
+    for flag, there in (("parts", PARTS), ("shapes", (*tasks.SHAPES, *M.PRESETS))):
         names = [name for name in getattr(cfg, flag).split(",") if name]
         unknown = [name for name in names if name not in there]
         if unknown or not names:
@@ -265,7 +266,7 @@ def main(cfg: Config) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     wants = set(parts)
-    sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in peers.SHAPES]
+    sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in tasks.SHAPES]
     print(f"repeat: python {shlex.join(['-m', 'bench', *sys.argv[1:]])}\n{processor()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{'processor time' if cfg.clock == 'cpu' else busy()}")
@@ -284,7 +285,7 @@ def main(cfg: Config) -> None:
     for shape in sizes:
         if compiled and "ops" in parts:
             op_table(shape, limits, cfg)
-    peers.tables([p for p in parts if p in peers.TASKS], sizes, shapes, cfg)
+    tasks.tables([p for p in parts if p in tasks.TASKS], sizes, shapes, cfg)
     kernels.choose("torch")
     if wrong:
         print(f"{wrong} kernels are WRONG", file=sys.stderr)
