@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("gemm.c", "layer.c", "attention.c", "weights.c", "block.c", "trunk.c", "head.c",
-           "rollout.c", "decode.c", "bench.c")
+           "rollout.c", "decode.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-fopenmp-simd",  # simd pragmas only: no OpenMP threads
          "-fvisibility=hidden", "-pthread")
@@ -96,17 +96,18 @@ def _last_line(process: subprocess.CompletedProcess) -> str:
     return (errors or lines or [f"exit code {process.returncode}"])[0][:200]
 
 
-def compile_library(products: str = "float32") -> Path:
+def compile_library(products: str = "float32", extra: tuple[Path, ...] = ()) -> Path:
     """The path of the library for these sources, flags and processor, compiled if need be.
 
-    products: what its matrix products multiply, float32 or bfloat16.
-
+    products: what its matrix products multiply, float32 or bfloat16. extra: more C files, which
+    become one library with the kernels and may call all of their functions, the hidden ones too.
     OSError with one line when there is no compiler, or when what it makes does not work.
     """
     command, target = find_compiler()
     command = [*command, *PRODUCTS[products]]
     files = sorted(p for p in FOLDER.iterdir() if p.suffix in (".c", ".h"))
-    text = "\0".join([*command, target, *(p.name + "\0" + p.read_text() for p in files)])
+    contents = [p.name + "\0" + p.read_text() for p in [*files, *extra]]
+    text = "\0".join([*command, target, *contents])
     name = f"kernels-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
     library = cache_folder() / name
     if library.exists():
@@ -117,6 +118,7 @@ def compile_library(products: str = "float32") -> Path:
     try:
         sources = [str(FOLDER / s) for s in SOURCES
                    if products == "float32" or s not in FLOAT32_ONLY]
+        sources += map(str, extra)
         made = _run([*command, *sources, "-o", temporary, "-lm"])
         if made.returncode:
             raise OSError(f"{command[0]} failed: {_last_line(made)}")
@@ -132,9 +134,9 @@ def compile_library(products: str = "float32") -> Path:
 
 
 @functools.cache
-def load_library(products: str = "float32") -> ctypes.CDLL:
+def load_library(products: str = "float32", extra: tuple[Path, ...] = ()) -> ctypes.CDLL:
     """The compiled functions with their argument types set; OSError when they cannot be had."""
-    lib = ctypes.CDLL(str(compile_library(products)))
+    lib = ctypes.CDLL(str(compile_library(products, extra)))
     lib.isa.restype = lib.products.restype = ctypes.c_char_p
     for table, result in ((SIGNATURES, ctypes.c_int), (SIZES, ctypes.c_long)):
         for name, letters in table.items():

@@ -1,4 +1,4 @@
-"""python -m kernels: what it checks, what it prints, how it referees; never how fast."""
+"""python -m bench: what it checks, what it prints, how it referees; never how fast."""
 import subprocess
 import sys
 import time
@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.__main__ as bench
 import kernels
-import kernels.__main__ as bench
 import model as M
-from kernels import build, native, ops, peers
+from bench import contestants, ops, tasks
+from bench.referee import CLOCKS, Entry, Finished, Job, Referee, Result, contest, show
+from kernels import build, native
 
 try:
     build.load_library()
@@ -21,8 +23,8 @@ except OSError as e:
 needs_c = pytest.mark.skipif(bool(COMPILED), reason=COMPILED)
 
 QUICK = dict(quick=True, peers=False)
-TINY, ROWS = peers.SHAPES["tiny test"]
-JOB = peers.Job(TINY, ROWS, prompt=8, new=5, threads=1, seconds=0.01, folder="")
+TINY, ROWS = tasks.SHAPES["tiny test"]
+JOB = Job(TINY, ROWS, prompt=8, new=5, threads=1, seconds=0.01, folder="")
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +81,7 @@ def test_a_number_that_is_not_finite_is_wrong():
 def test_each_kernel_stands_beside_a_limit_and_pytorch(capsys):
     bench.main(bench.Config(parts="limits,ops", **QUICK))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("repeat: python -m kernels")
+    assert lines[0].startswith("repeat: python -m bench")
     assert any("multiply-adds in registers" in line and line.endswith("100%") for line in lines)
     assert sum("GB/s read" in line for line in lines) == len(bench.PLACES)
     table = [line for line in lines if line.endswith("x") and "/s" in line]
@@ -100,7 +102,7 @@ def test_the_rate_is_the_work_over_the_time_of_all_repetitions():
 # --------------------------------------------------------------------------------- whole tasks
 
 
-OURS = [(task, entry) for tasks in peers.TASKS.values() for task, (_, entries) in tasks.items()
+OURS = [(task, entry) for of_part in tasks.TASKS.values() for task, (_, entries) in of_part.items()
         for entry in entries if entry.name.startswith("ours") and entry.name != "ours, C float32"]
 
 
@@ -114,10 +116,10 @@ def test_our_contestants_work_and_say_how_much(task, entry):
     def tick(amount):
         done.append(amount)
         if len(done) == 2:
-            raise peers.Finished
+            raise Finished
 
     rows = 1 if task == "decoding" else ROWS
-    with pytest.raises(peers.Finished):
+    with pytest.raises(Finished):
         entry.function(tick, replace(JOB, rows=rows, **entry.options))
     assert done == 2 * [{"training step": 64, "rollouts": 10, "decoding": 5,
                          "supervised fine-tuning": 64, "reward model": 1, "PPO": 1}[task]]
@@ -140,12 +142,12 @@ class Pipe:
 def test_the_referee_counts_what_is_done_while_it_is_its_turn(clock, monkeypatch):
     """Set-up takes 3 s. A round lasts at least 2 s: three pieces of 7 in 0.9 s each, 21 / 2.7 s."""
     now = [0.0]
-    monkeypatch.setitem(peers.CLOCKS, clock, lambda: now[0])
+    monkeypatch.setitem(CLOCKS, clock, lambda: now[0])
     pipe = Pipe("go", "stop")
-    referee = peers.Referee(pipe, 2.0, clock)
+    referee = Referee(pipe, 2.0, clock)
     now[0] += 3
     referee.tick(7)
-    with pytest.raises(peers.Finished):
+    with pytest.raises(Finished):
         for _ in range(9):
             now[0] += 0.9
             referee.tick(7)
@@ -164,21 +166,21 @@ def breaks(tick, job):
 
 
 def test_a_contest_has_all_rounds_of_who_works_and_one_line_of_who_breaks(capsys):
-    entries = [peers.Entry("steady", None, works, {}), peers.Entry("broken", None, breaks, {})]
-    steady, broken = peers.contest(entries, JOB, rounds=2)
+    entries = [Entry("steady", None, works, {}), Entry("broken", None, breaks, {})]
+    steady, broken = contest(entries, JOB, rounds=2)
     assert len(steady.rates) == 2 and min(steady.rates) > 0 and not steady.note
     assert steady.peak > 10 or not Path("/proc/self/status").exists()  # MiB
     assert broken.rates == [] and broken.note == "ValueError: no such thing"
-    peers.show("who", "things/s", [steady, broken])
+    show("who", "things/s", [steady, broken])
     assert capsys.readouterr().out.splitlines()[-1].split() == ["broken", "ValueError:", "no",
                                                                 "such", "thing"]
 
 
 def test_ratios_are_taken_round_by_round_against_the_counterpart(capsys):
     """300 and 800 against 100 and 400: 3 and 2, though the medians' ratio would be 2.2."""
-    peers.show("who", "tokens/s", [
-        peers.Result("ours int4", [9.0, 9.0]), peers.Result("ours int8", [300.0, 800.0]),
-        peers.Result("theirs", [100.0, 400.0], against="ours int8")])
+    show("who", "tokens/s", [
+        Result("ours int4", [9.0, 9.0]), Result("ours int8", [300.0, 800.0]),
+        Result("theirs", [100.0, 400.0], against="ours int8")])
     line = capsys.readouterr().out.splitlines()[-1]
     assert "250 (100-400)" in line and "2.50x (2.00-3.00)" in line
 
@@ -189,9 +191,9 @@ def test_the_limit_of_a_step_is_as_many_operations_in_products_alone(path, flops
     if COMPILED and path == "c":
         pytest.skip(COMPILED)
     monkeypatch.setattr(ops, "repeated", lambda function: lambda repeat: function())
-    done = ticks(peers.product_alone, replace(JOB, path=path, threads=2))
+    done = ticks(contestants.product_alone, replace(JOB, path=path, threads=2))
     cores = 2 if path == "c" else 1
-    assert done == [pytest.approx(16 * cores * flops / peers.flops_per_token(TINY))]
+    assert done == [pytest.approx(16 * cores * flops / contestants.flops_per_token(TINY))]
 
 
 @needs_c
@@ -201,9 +203,9 @@ def test_the_limit_of_decoding_reads_as_many_bytes_as_the_weights_have(threads, 
     read, call = [], ops.call
     monkeypatch.setattr(ops, "call", lambda *given: read.append(given) or call(*given))
     job = replace(JOB, threads=threads, dtype="int8", config=M.PRESETS["110m"])
-    assert ticks(peers.reading_alone, job) == [5]
+    assert ticks(contestants.reading_alone, job) == [5]
     assert {(name, repeat) for name, repeat, *_ in read} == {("bench_read", 5)}
-    more = sum(4 * given[2] for given in read) - peers.bytes_per_token(job.config, "int8")
+    more = sum(4 * given[2] for given in read) - contestants.bytes_per_token(job.config, "int8")
     assert 0 <= more < 4 * 1024 * threads
 
 
@@ -213,9 +215,9 @@ def ticks(function, job) -> list:
 
     def tick(amount):
         done.append(amount)
-        raise peers.Finished
+        raise Finished
 
-    with pytest.raises(peers.Finished):
+    with pytest.raises(Finished):
         function(tick, job)
     return done
 
@@ -226,33 +228,33 @@ def ticks(function, job) -> list:
 def test_a_token_reads_all_weights_but_the_embeddings(dtype, size):
     """Blocks 4 x 32 x 32 + 3 x 32 x 32 = 7168, head 100 x 32; the 96 numbers of norms count too."""
     config = replace(TINY, n_layers=1, n_heads=1, n_kv_heads=1, hidden_dim=32, vocab_size=100)
-    assert size < peers.bytes_per_token(config, dtype) <= size + 4 * 96
+    assert size < contestants.bytes_per_token(config, dtype) <= size + 4 * 96
 
 
 def test_a_token_of_t1_costs_six_million_operations():
     """6 (4 (128 x 256 + 128 x 128 + 3 x 128 x 352) + 128 x 1024) + 6 x 4 x 128 x 256 = 5,996,544"""
-    assert peers.flops_per_token(peers.SHAPES["T1"][0]) == 5_996_544
+    assert contestants.flops_per_token(tasks.SHAPES["T1"][0]) == 5_996_544
 
 
 def test_the_share_of_a_limit_is_taken_round_by_round(capsys):
     """1 of 2, 3 of 4, 6 of 8: 75%. And a limit of int4's is not one of int8's."""
-    config, rows = peers.SHAPES["T1"]
-    peers.show_limits([peers.Result("ours, C", [1000.0, 3000.0, 6000.0]),
-                       peers.Result("limit: theirs", [2000.0, 4000.0, 8000.0])],
+    config, rows = tasks.SHAPES["T1"]
+    tasks.show_limits([Result("ours, C", [1000.0, 3000.0, 6000.0]),
+                       Result("limit: theirs", [2000.0, 4000.0, 8000.0])],
                       replace(JOB, config=config))
     assert capsys.readouterr().out == ("ours, C: 6.00 MFLOP per token, 18 GFLOP/s; 75% of "
                                        "theirs\n")
-    peers.show_limits([peers.Result("ours, C int4", [100.0]), peers.Result("ours, C int8", [90.0]),
-                       peers.Result("limit: reading int4", [125.0], against="ours, C int4")],
+    tasks.show_limits([Result("ours, C int4", [100.0]), Result("ours, C int8", [90.0]),
+                       Result("limit: reading int4", [125.0], against="ours, C int4")],
                       replace(JOB, config=M.PRESETS["15m"]))
     assert capsys.readouterr().out == ("ours, C int4: 13 MiB of weights per token, 1.3 GB/s; 80% "
                                        "of reading int4\n")
 
 
 def test_what_is_not_installed_is_left_out_and_named(monkeypatch, capsys):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(peers, "contest", lambda entries, *given: [
-        peers.Result(entry.name, [1.0]) for entry in entries])
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tasks, "contest", lambda entries, *given: [
+        Result(entry.name, [1.0]) for entry in entries])
     bench.main(bench.Config(parts="align", quick=True))
     out = capsys.readouterr().out
     assert "trl SFTTrainer" not in out and "ours, PyTorch" in out
@@ -270,7 +272,7 @@ def test_what_cannot_be_done_is_one_line(flags, what):
 
 
 def test_the_command_names_itself_and_exits_with_2():
-    done = subprocess.run([sys.executable, "-m", "kernels", "--part", "check"], text=True,
+    done = subprocess.run([sys.executable, "-m", "bench", "--part", "check"], text=True,
                           capture_output=True, cwd=Path(bench.__file__).parent.parent)
     assert done.returncode == 2
-    assert done.stderr == "python -m kernels: unknown argument --part: did you mean --parts?\n"
+    assert done.stderr == "python -m bench: unknown argument --part: did you mean --parts?\n"

@@ -1,6 +1,6 @@
 """Each kernel alone: what C computes, what float64 says, how much work it is, and PyTorch's twin.
 
-`python -m kernels` reads this list twice: to check that `ours` gives the numbers of `exact`, and to
+`python -m bench` reads this list twice: to check that `ours` gives the numbers of `exact`, and to
 time `ours` and `peer`. Forward and backward passes stand apart, as they are apart in C.
 
 Two kinds: one sequence in one core (`rows` 1), through bench.c, for what the trunk does to each
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes, itertools, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 import model as M
 from kernels import build, native
+
+SOURCES = (Path(__file__).parent / "bench.c",)
 
 SIGNATURES = {  # of bench.c; letters as in build.SIGNATURES
     "bench_multiply_add": "ip", "bench_read": "iipp", "bench_copy": "iipp",
@@ -43,8 +46,9 @@ class Op:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernels in use, with bench.c's functions ready to call."""
-    lib = native.library()
+    """The kernels in use and bench.c, compiled together, with bench.c's functions ready to call."""
+    products = native.library().products().decode()
+    lib = build.load_library(products, SOURCES)
     for name, letters in SIGNATURES.items():
         getattr(lib, name).argtypes = [build.TYPES[c] for c in letters]
     return lib

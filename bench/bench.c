@@ -1,11 +1,12 @@
-/* Each kernel alone, for `python -m kernels`, which checks it against float64 and times it.
+/* Each kernel alone, for `python -m bench`, which checks it against float64 and times it.
  *
  * A function runs its kernel `repeat` times on the same buffers, so a timed call finds its numbers
  * in this core's caches, as the trunk does. The caller starts one thread per core, each with
- * buffers of its own. Training and generation use nothing of this file. All arguments are float;
- * what a product multiplies is rounded on the way in, once, before the clock that repeat is.
+ * buffers of its own. This file and the kernels are compiled into one library beside theirs
+ * (ops.py): what trains and generates has none of it. All arguments are float; what a product
+ * multiplies is rounded on the way in, once, before the clock that repeat is.
  */
-#include "kernels.h"
+#include "../kernels/kernels.h"
 
 /* x (T, N) as factors, rows even(N) apart: x itself in float32. */
 static const num *factors(long T, long N, const float *x, Pool *pool) {

@@ -1,24 +1,4 @@
-"""Are the kernels right, and how fast are they? Measures this machine, ours and the others' code.
-
-    python -m kernels                        everything at three sizes; with the peers installed
-                                             the training steps alone take eight minutes
-    python -m kernels --parts check          every kernel against float64, seconds
-    python -m kernels --parts limits,ops     what the machine can do, and each kernel beside it
-    python -m kernels --parts train,rollout,decode,align --shapes T1     whole tasks
-
-check    each kernel in C against PyTorch in float64, forward and backward, at sizes that divide by
-         nothing; generation against model.py. Exit code 1 if anything is off.
-limits   multiply-adds in registers, our matrix product, PyTorch's, and the speed of each cache and
-         of memory: measured, not read from a data sheet.
-ops      each kernel alone: its rate, the share of its limit, and PyTorch's time for the same.
-train    a step of pretrain.py; rollout: 64 answers of 64 tokens; decode: one answer, token by
-         token; align: steps of sft.py and reward.py and an iteration of ppo.py. Against plain
-         PyTorch, and against transformers, trl 1.12.0 and llama-cpp-python where installed.
-
-Times depend on what else the machine does: the first line says how busy it is. Contestants run in
-turn, in processes of their own, and only ratios within a round are compared. On a machine that is
-never quiet, --threads 1 --clock cpu counts the processor time that each one used instead.
-"""
+"""The command: its flags, and its parts in order. The page that --help prints is __init__.py."""
 
 from __future__ import annotations
 
@@ -29,9 +9,13 @@ from typing import Literal
 
 import torch
 
-import kernels, model as M
-from kernels import native, ops, peers
+import bench, kernels, model as M, stage
+from bench import ops, tasks
+from bench.referee import CLOCKS
+from kernels import native
 from kernels.decode import Decoder
+
+__doc__ = bench.__doc__  # for --help
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -139,7 +123,7 @@ def rate(function, amount: float, seconds: float, clock=time.perf_counter) -> fl
 def rates(functions: list, amounts: list[float], cfg: Config) -> list[float]:
     """The median rate of each, over interleaved rounds: a b c a b c ..."""
     seconds, rounds = (0.001, 1) if cfg.quick else (cfg.seconds / 30, cfg.rounds)
-    clock = peers.CLOCKS[cfg.clock]
+    clock = CLOCKS[cfg.clock]
     found = [[rate(f, amount, seconds, clock) for f, amount in zip(functions, amounts)]
              for _ in range(rounds + 1)]
     return [statistics.median(column) for column in zip(*found[1:])]
@@ -202,7 +186,7 @@ def measure_limits(cfg: Config) -> Limits:
 def products_of(sizes: list[str], limits: Limits, cfg: Config) -> None:
     """The widest product of each model (gate and up): ours in every core, PyTorch's on all rows."""
     for shape in sizes:
-        (config, B), n = peers.SHAPES[shape], torch.get_num_threads()
+        (config, B), n = tasks.SHAPES[shape], torch.get_num_threads()
         T, K, N = config.max_seq_len, config.dim, 2 * config.hidden_dim
         alone = [ops.product("", 0, T, N, K, torch.Generator()) for _ in range(n)]
         pairs = [(torch.randn(B * T, K).to(kind), torch.randn(K, N).to(kind))
@@ -220,7 +204,7 @@ def products_of(sizes: list[str], limits: Limits, cfg: Config) -> None:
 
 def op_table(shape: str, limits: Limits, cfg: Config) -> None:
     """Each kernel beside its limit and beside PyTorch, at one model's sizes."""
-    config, B = peers.SHAPES[shape]
+    config, B = tasks.SHAPES[shape]
     T, n = config.max_seq_len, torch.get_num_threads()
     print(f"\nops at {shape}: {B} sequences of {T} tokens, {n} cores; us per sequence and core\n"
           f"{'':<28}{'sizes':<24}{'ours':>9}{'rate':>14}{'limit':>7}{'share':>7}"
@@ -267,7 +251,7 @@ def chosen(cfg: Config) -> tuple[list[str], list[str]]:
     if cfg.clock == "cpu" and cfg.threads != 1:
         raise ValueError("--clock cpu adds up the time of all threads: give --threads 1 with it")
     given = []
-    for flag, there in (("parts", PARTS), ("shapes", (*peers.SHAPES, *M.PRESETS))):
+    for flag, there in (("parts", PARTS), ("shapes", (*tasks.SHAPES, *M.PRESETS))):
         names = [name for name in getattr(cfg, flag).split(",") if name]
         unknown = [name for name in names if name not in there]
         if unknown or not names:
@@ -282,8 +266,8 @@ def main(cfg: Config) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     wants = set(parts)
-    sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in peers.SHAPES]
-    print(f"repeat: python {shlex.join(['-m', 'kernels', *sys.argv[1:]])}\n{processor()}, "
+    sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in tasks.SHAPES]
+    print(f"repeat: python {shlex.join(['-m', 'bench', *sys.argv[1:]])}\n{processor()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{'processor time' if cfg.clock == 'cpu' else busy()}")
     line = kernels.choose("auto")
@@ -301,7 +285,7 @@ def main(cfg: Config) -> None:
     for shape in sizes:
         if compiled and "ops" in parts:
             op_table(shape, limits, cfg)
-    peers.tables([p for p in parts if p in peers.TASKS], sizes, shapes, cfg)
+    tasks.tables([p for p in parts if p in tasks.TASKS], sizes, shapes, cfg)
     kernels.choose("torch")
     if wrong:
         print(f"{wrong} kernels are WRONG", file=sys.stderr)
@@ -309,5 +293,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "python -m kernels"
-    M.run(main, Config)
+    sys.argv[0] = "python -m bench"
+    stage.run(main, Config)
