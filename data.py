@@ -386,7 +386,8 @@ def read_preferences(paths, skip_bad_rows: bool = False) -> list[dict]:
     """Comparisons for the reward model: two dialogues that differ only in their last answer.
 
     Each becomes {"prompt": messages, "chosen": str, "rejected": str, "rating": one of RATINGS or
-    None, "margin": number or None, "chosen_safe": bool or None, "rejected_safe": bool or None}.
+    None, "margin": number or None, "chosen_safe": bool or None, "rejected_safe": bool or None,
+    "planted": bool, whether an answer was written for the pair and not sampled from a model}.
     A dialogue is a list of messages or a "\\n\\nHuman: ...\\n\\nAssistant: ..." transcript.
     """
     def parse(row: dict) -> dict:
@@ -413,7 +414,8 @@ def read_preferences(paths, skip_bad_rows: bool = False) -> list[dict]:
         return {"prompt": prompt, "chosen": chosen["content"], "rejected": rejected["content"],
                 "rating": rating, "margin": margin,
                 "chosen_safe": field(row, "chosen_safe", bool, default=None),
-                "rejected_safe": field(row, "rejected_safe", bool, default=None)}
+                "rejected_safe": field(row, "rejected_safe", bool, default=None),
+                "planted": field(row, "planted", bool, default=False)}
     return list(read_rows(find_files(paths, ".jsonl"), parse, skip_bad_rows))
 
 
