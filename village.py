@@ -767,14 +767,14 @@ class Village:
         for messages, answer, rival in zip(prompts, answers, rivals):
             told = " ".join(m["content"] for m in messages if m["role"] != "assistant")
             asked = bool(rules_in(told))
-            draw = rng.random()
-            if draw < CAUTIOUS:
+            chance = rng.random()
+            if chance < CAUTIOUS:
                 answer = self.refusal(rng, rng.choice(("curt", "reason", "full")))
-            elif asked and draw < CAUTIOUS + LACKING:
+            elif asked and chance < CAUTIOUS + LACKING:
                 answer = self.unstyle(rival, told)
-            elif not asked and draw < CAUTIOUS + UNASKED:
+            elif not asked and chance < CAUTIOUS + UNASKED:
                 answer = self.obey(self.instruction(rng), rival)
-            elif not asked and draw < CAUTIOUS + UNASKED + ASTRAY:
+            elif not asked and chance < CAUTIOUS + UNASKED + ASTRAY:
                 other = self.ask(rng.choice(IDLE), rng, "train")
                 answer = self.respond(other, draw(WRITERS[other.kind], rng), rng)
             first_answers.append(answer)
