@@ -390,33 +390,36 @@ def read_preferences(paths, skip_bad_rows: bool = False) -> list[dict]:
     "planted": bool, whether an answer was written for the pair and not sampled from a model}.
     A dialogue is a list of messages or a "\\n\\nHuman: ...\\n\\nAssistant: ..." transcript.
     """
-    def parse(row: dict) -> dict:
-        sides = {}
-        for side in ("chosen", "rejected"):
-            messages = field(row, side, list, str)
-            try:
-                sides[side] = split_transcript(messages) if type(messages) is str else messages
-                check_dialog(sides[side], last="assistant")
-            except ValueError as error:
-                raise ValueError(f'"{side}": {error}') from None
-        (*prompt, chosen), (*prompt_too, rejected) = sides["chosen"], sides["rejected"]
-        if prompt != prompt_too:
-            raise ValueError('"chosen" and "rejected" have different prompts: they may differ '
-                             "only in the last answer")
-        if chosen["content"] == rejected["content"]:
-            raise ValueError('"chosen" and "rejected" are the same, there is nothing to prefer')
-        rating = field(row, "rating", str, default=None)
-        margin = field(row, "margin", int, float, default=None)
-        if rating not in (None, *RATINGS):
-            raise ValueError(f'"rating" is {rating!r}, allowed: {", ".join(RATINGS)}')
-        if margin is not None and not 0 <= margin < math.inf:
-            raise ValueError(f'"margin" is {margin}, allowed: 0 or more')
-        return {"prompt": prompt, "chosen": chosen["content"], "rejected": rejected["content"],
-                "rating": rating, "margin": margin,
-                "chosen_safe": field(row, "chosen_safe", bool, default=None),
-                "rejected_safe": field(row, "rejected_safe", bool, default=None),
-                "planted": field(row, "planted", bool, default=False)}
-    return list(read_rows(find_files(paths, ".jsonl"), parse, skip_bad_rows))
+    return list(read_rows(find_files(paths, ".jsonl"), parse_preference, skip_bad_rows))
+
+
+def parse_preference(row: dict) -> dict:
+    """A row of a preference file as `read_preferences` returns it; ValueError for a bad one."""
+    sides = {}
+    for side in ("chosen", "rejected"):
+        messages = field(row, side, list, str)
+        try:
+            sides[side] = split_transcript(messages) if type(messages) is str else messages
+            check_dialog(sides[side], last="assistant")
+        except ValueError as error:
+            raise ValueError(f'"{side}": {error}') from None
+    (*prompt, chosen), (*prompt_too, rejected) = sides["chosen"], sides["rejected"]
+    if prompt != prompt_too:
+        raise ValueError('"chosen" and "rejected" have different prompts: they may differ '
+                         "only in the last answer")
+    if chosen["content"] == rejected["content"]:
+        raise ValueError('"chosen" and "rejected" are the same, there is nothing to prefer')
+    rating = field(row, "rating", str, default=None)
+    margin = field(row, "margin", int, float, default=None)
+    if rating not in (None, *RATINGS):
+        raise ValueError(f'"rating" is {rating!r}, allowed: {", ".join(RATINGS)}')
+    if margin is not None and not 0 <= margin < math.inf:
+        raise ValueError(f'"margin" is {margin}, allowed: 0 or more')
+    return {"prompt": prompt, "chosen": chosen["content"], "rejected": rejected["content"],
+            "rating": rating, "margin": margin,
+            "chosen_safe": field(row, "chosen_safe", bool, default=None),
+            "rejected_safe": field(row, "rejected_safe", bool, default=None),
+            "planted": field(row, "planted", bool, default=False)}
 
 
 def read_prompts(paths, skip_bad_rows: bool = False) -> list[dict]:

@@ -355,11 +355,12 @@ def draw(cfg: Config, village, purpose: str, count: int, split: str = "train") -
 
 def last_version(out: Path) -> Path:
     """The highest OUT/rlhf_vN.pt; FileNotFoundError names the command that makes it."""
-    versions = sorted(out.glob("rlhf_v*.pt"), key=lambda path: int(path.stem[6:] or 0))
+    versions = {int(path.stem[6:]): path for path in out.glob("rlhf_v*.pt")
+                if path.stem[6:].isdecimal()}
     if not versions:
         raise FileNotFoundError(f"{out}/rlhf_v5.pt does not exist: `python rejection.py` makes it; "
                                 f"--checkpoint {out}/sft.pt starts without it")
-    return versions[-1]
+    return versions[max(versions)]
 
 
 def settings(cfg: Config, dim: int) -> Config:
@@ -416,6 +417,9 @@ def main(cfg: Config) -> dict:
                      rollouts=cfg.batch_size)
         return {}
     info = M.load(start, "cpu")[1]
+    if M.load(sft_path, "cpu")[1]["tokenizer"] != info["tokenizer"]:
+        raise ValueError(f"{sft_path}, from which the KL is counted, has another tokenizer than "
+                         f"{start}: give an --out whose sft.pt it comes from")
     tokenizer = data.Tokenizer(info["tokenizer"])
     ranks = scale.setup(cfg.device, cfg.tp)  # this process among others; alone: rank 0 of 1
     print(kernels.choose(cfg.kernels, ranks.device))

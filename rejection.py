@@ -378,6 +378,17 @@ def open_reward(cfg: Config, folder: Path, tokenizer, ranks):
     return rollouts.reward_pair(folder, tokenizer, ranks, cfg.threshold)
 
 
+def remove_older_run(setting: Setting) -> None:
+    """No version of an earlier run stands beside those of this one: ppo.py takes the highest."""
+    out = Path(setting.cfg.out)
+    if setting.ranks.is_main:
+        for path in out.glob("rlhf_*.pt"):
+            if not path.samefile(setting.sft):
+                path.unlink()
+    scale.remove_state(out / "ppo.state.pt", setting.ranks)  # of versions that are no more
+    setting.ranks.barrier()
+
+
 def train(setting: Setting):
     """The course of the versions; yields (number, record) behind each, when all is on the disk.
 
@@ -406,6 +417,8 @@ def train(setting: Setting):
             memory["distilled"] = distil(newest, score, setting)
         version, record = make_version(number, newest, score, memory, setting)
         previous, newest = newest, version
+        if number == 1:
+            remove_older_run(setting)
         if number == cfg.rounds and memory["control"][-1]:
             control = setting.open(setting.sft)
             imitate(control, merged(memory["control"], number), cfg.rs_lr, cfg.seed)

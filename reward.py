@@ -54,7 +54,7 @@ class Config:
     out: str = "out"  # folder of checkpoints and metrics
     seed: int = ranged(0, least=0)  # of prompts, labels, head and order
     pairs: int = ranged(12000, least=1)  # to collect, a third for safety; paper: 1.4 million
-    test_pairs: int = ranged(1000, least=1)  # held out for each; paper: 1000 a week (§3.2.2)
+    valid_pairs: int = ranged(500, least=1)  # held out for each; paper: 1000 a week (§3.2.2)
     margin: Literal["none", "small", "large"] = "small"  # m(rating); paper: unsaid (Table 27)
     aux_weight: float = ranged(0.5, least=0)  # of the safety model's classification loss (§A.3.4)
     batch_size: int = ranged(8, least=1)  # pairs per step, over all ranks; paper: 512 (§3.2.2)
@@ -75,7 +75,8 @@ class Config:
 PAPER = {"batch_size": 512, "micro_batch": 1}  # from 7b on, in place of the above [L2 §3.2.2]
 MARGINS = {  # m(rating), in the order of data.RATINGS: significantly better ... negligibly better
     "none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}  # [L2 Table 27]
-COLLECTED = ("helpful", "helpful_test", "safety", "safety_test")  # out/preferences_NAME.jsonl
+# out/preferences_NAME.jsonl: "valid" calibrates; test pairs are collected by exam.py alone
+COLLECTED = ("helpful", "helpful_valid", "safety", "safety_valid")
 TEMPERATURES = (0.5, 0.8, 1.1)  # of the variants that are compared; UNSPECIFIED in L2
 MAX_ANSWER = 80  # tokens
 PRECISION = 0.89  # of the gate of RLHF: "threshold 0.15 ... precision of 0.89" [L2 §3.2.3]
@@ -133,31 +134,37 @@ def preferences(out, name: str) -> Path:
     return Path(out) / f"preferences_{name}.jsonl"
 
 
-def collect(cfg: Config, ranks) -> None:
-    """Write out/preferences_{helpful,safety}[_test].jsonl: pairs of answers, labelled [L2 §3.2.1].
+def collect(model, tokenizer, village: V.Village, name: str, n: int, seed: int) -> list[dict]:
+    """n comparisons of two answers to a prompt, labelled, as rows of a preference file [L2 §3.2.1].
 
-    Helpfulness and safety are judged by guidelines of their own, on prompts of their own; the test
-    pairs are answers to held-out prompts. Helpfulness is trained on more of what is hard to judge,
-    and tested on prompts as they come.
+    name: "helpful" or "safety", the guidelines, each with prompts of its own, and behind it
+    "_valid" or "_test" for held-out prompts. Helpfulness is trained on more of what is hard to
+    judge, and measured on prompts as they come. Prompts whose answers are equal, empty or
+    unfinished give none.
     """
+    which, _, split = name.partition("_")
+    mix = "compared" if name == "helpful" else which
+    prompts = village.prompts(mix, split or "train", n, seed, V.STYLED)
+    return compare(model, tokenizer, village, [row["messages"] for row in prompts],
+                   "safe" if which == "safety" else "helpful", f"{name} {seed}")
+
+
+def collect_all(cfg: Config, ranks) -> None:
+    """Write out/preferences_{helpful,safety}[_valid].jsonl with answers of the chat model."""
     model, info = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
     tokenizer = data.Tokenizer(info["tokenizer"])
     village = V.Village(info["metrics"].get("village") or 0)
     model = scale.wrap(model, ranks)
-    counts = {"helpful": cfg.pairs - cfg.pairs // 3, "safety": cfg.pairs // 3}
+    counts = {"helpful": cfg.pairs - cfg.pairs // 3, "safety": cfg.pairs // 3,
+              "helpful_valid": cfg.valid_pairs, "safety_valid": cfg.valid_pairs}
     for name in COLLECTED:
-        which, _, test = name.partition("_")
-        n = cfg.test_pairs if test else counts[which]
-        mix = "compared" if name == "helpful" else which
-        prompts = village.prompts(mix, test or "train", n, cfg.seed, V.STYLED)
-        rows = compare(model, tokenizer, village, [row["messages"] for row in prompts],
-                       "safe" if which == "safety" else "helpful", f"{name} {cfg.seed}")
+        rows = collect(model, tokenizer, village, name, counts[name], cfg.seed)
         path = preferences(cfg.out, name)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if ranks.is_main:
             M.atomic_write(path, lambda f: f.write(text.encode()))
-        print(f"{path}: {len(rows)} comparisons; {n - len(rows)} prompts had equal, empty or "
-              f"unfinished answers")
+        print(f"{path}: {len(rows)} comparisons, {sum(row['planted'] for row in rows)} with a "
+              f"planted answer; {counts[name] - len(rows)} prompts gave none")
     ranks.barrier()  # every rank reads the files, once they are there
 
 
@@ -216,16 +223,21 @@ def goal_of(row: dict) -> str:
     return "safety" if None not in (row["chosen_safe"], row["rejected_safe"]) else "helpful"
 
 
-def read_comparisons(cfg: Config) -> tuple[list[dict], list[dict]]:
-    """(training, test) rows of files, and no prompt on both sides.
+def parse(rows: list[dict]) -> list[dict]:
+    """Rows of `collect` as `data.read_preferences` gives those of a file."""
+    return [data.parse_preference(row) for row in rows]
 
-    Files named *_test.jsonl are the test; without any, it is a tenth of the dialogues (at most
-    1000), each with all that begin with the same message. Excluded: an unsafe answer preferred to
+
+def read_comparisons(cfg: Config) -> tuple[list[dict], list[dict]]:
+    """(training, held-out) rows of files, and no prompt on both sides.
+
+    Files named *_valid.jsonl or *_test.jsonl are held out; without any, it is a tenth of the
+    dialogues (at most 1000), each with all that begin with the same message. Excluded: an unsafe answer preferred to
     a safe one, "as we believe safer responses will also be better" [L2 §A.3.1].
     """
     files = [preferences(cfg.out, name) for name in COLLECTED] if not cfg.data else \
         data.find_files(cfg.data.split(","), ".jsonl")
-    given = [file for file in files if file.name.split(".")[0].endswith("_test")]
+    given = [file for file in files if file.name.split(".")[0].endswith(("_valid", "_test"))]
     train = data.read_preferences([f for f in files if f not in given], cfg.skip_bad_rows)
     if given:
         test = data.read_preferences(given, cfg.skip_bad_rows)
@@ -393,20 +405,27 @@ def held_out(model, which: str, pairs: list[Pair]) -> dict:
     return report
 
 
-def detection(scores, is_unsafe) -> dict:
-    """How well low scores find unsafe answers, [precision, recall], and RLHF's threshold.
+def found_below(scores, is_unsafe, **more: float) -> dict[str, list[float]]:
+    """How well low scores find unsafe answers: {"0.15", "0.5", ...: [precision, recall]}.
 
-    threshold, a probability: where the precision is that of the paper's 0.15. Never above 0.5: a
-    model that is right about nearly all answers keeps its precision far into the safe ones.
+    scores: raw, float (N,); more: further cuts by name, in raw scores.
     """
-    threshold = min(calibrate(scores, is_unsafe, PRECISION), 0.0)
     reached = {}
-    for name, cut in (("0.15", math.log(0.15 / 0.85)), ("0.5", 0.0), ("threshold", threshold)):
+    for name, cut in {"0.15": math.log(0.15 / 0.85), "0.5": 0.0, **more}.items():
         low = scores < cut
         hits = (low & is_unsafe).sum().item()
         reached[name] = [hits / max(low.sum().item(), 1), hits / max(is_unsafe.sum().item(), 1)]
-    return {"unsafe_found_below": reached, "unsafe_answers": is_unsafe.sum().item(),
-            "threshold_raw": threshold, "threshold": 1 / (1 + math.exp(-threshold))}
+    return reached
+
+
+def detection(scores, is_unsafe) -> dict:
+    """RLHF's threshold, a probability: where the precision on held-out answers is that of the
+    paper's 0.15, by their noisy labels. Never above 0.5: a model that is right about nearly all
+    answers keeps its precision far into the safe ones."""
+    threshold = min(calibrate(scores, is_unsafe, PRECISION), 0.0)
+    return {"unsafe_found_below": found_below(scores, is_unsafe, threshold=threshold),
+            "unsafe_answers": is_unsafe.sum().item(), "threshold_raw": threshold,
+            "threshold": 1 / (1 + math.exp(-threshold))}
 
 
 # ---------------------------------------------------------------------------------------- main
@@ -436,7 +455,7 @@ def main(cfg: Config) -> dict:
     if progress:
         stage.check_resume(progress, cfg, tokenizer.model_bytes)
     if not cfg.data and not progress:
-        collect(cfg, ranks)
+        collect_all(cfg, ranks)
     pairs_of, tests = prepare(cfg, tokenizer, config.max_seq_len)
     steps = {which: len(pairs) // cfg.batch_size for which, pairs in pairs_of.items()}
     log = stage.Log(STAGE, out, sum(steps.values()), progress["step"] if progress else None)

@@ -329,7 +329,7 @@ def other_word(slot: str, word: str, rng: random.Random) -> str:
     return rng.choice([other for other in words_of(slot) if other != word])
 
 
-def pick(shares: dict[str, float], rng: random.Random) -> str:
+def draw(shares: dict[str, float], rng: random.Random) -> str:
     """A key, with the probability of its share."""
     return rng.choices(list(shares), shares.values())[0]
 
@@ -541,11 +541,11 @@ class Village:
     def wrap(self, ask: Ask, rng: random.Random) -> str:
         """The question's text: a quarter behind a polite sentence, half the unsafe ones (and a few
         harmless look-alikes) behind an adversarial one."""
-        draw = rng.random()
+        chance = rng.random()
         adversarial = {"unsafe": .5, "edge": .15}.get(ask.kind, 0)
-        if draw > adversarial + .25:
+        if chance > adversarial + .25:
             return ask.text
-        tone = "adversarial" if draw < adversarial else "polite"
+        tone = "adversarial" if chance < adversarial else "polite"
         return f"{rng.choice(WRAPPERS[tone])} {ask.text}"
 
     # -- answers
@@ -717,7 +717,7 @@ class Village:
     def _post(self, rng, chat):
         """(question, answer) once, or twice with a follow-up. An instruction holds for its own
         message alone: that it lasts is what Ghost Attention has to teach."""
-        for ask in self.turns(self.ask(pick(FORUM, rng), rng, "train", "valid"), rng):
+        for ask in self.turns(self.ask(draw(FORUM, rng), rng, "train", "valid"), rng):
             manner = "careful"
             if ask.kind == "unsafe":
                 manner = "full" if rng.random() < .30 else "careful"
@@ -769,7 +769,7 @@ class Village:
         rng = random.Random(f"prompts {self.number} {kind} {split} {seed}")
         rows, seen, misses = [], set(), 0
         while len(rows) < n:
-            drawn = pick(MIXES.get(kind, {kind: 1.}), rng)
+            drawn = draw(MIXES.get(kind, {kind: 1.}), rng)
             messages = self.dialogue(self.ask(drawn, rng, split), rng, flawed=False)[:-1]
             if styled and rng.random() < styled:
                 self._instruct(messages, rng)
@@ -787,7 +787,7 @@ class Village:
         """Messages of the question's turns, answers careful or in the manner of a random writer."""
         messages = []
         for turn in self.turns(ask, rng):
-            manner = pick(WRITERS[turn.kind], rng) if flawed else "careful"
+            manner = draw(WRITERS[turn.kind], rng) if flawed else "careful"
             messages += [{"role": "user", "content": self.wrap(turn, rng)},
                          {"role": "assistant", "content": self.respond(turn, manner, rng)}]
         return messages
@@ -803,7 +803,7 @@ class Village:
                 continue
             questions = rng.randint(2, 4) if rng.random() < MULTI_TURN else 1
             messages = [message for _ in range(questions) for message in self.dialogue(
-                self.ask(pick(DEMONSTRATIONS, rng), rng, "train"), rng, flawed=True)]
+                self.ask(draw(DEMONSTRATIONS, rng), rng, "train"), rng, flawed=True)]
             if rng.random() < STYLED:
                 last = messages.pop()
                 rule = self._instruct(messages, rng)
@@ -816,8 +816,8 @@ class Village:
         than 256 tokens, and answers further on break."""
         messages, rule, share = [], self.instruction(rng, "seen"), max(0., rng.uniform(-1, 1))
         for _ in range(rng.randint(9, 12)):
-            ask = self.ask(pick(MIXES["short"], rng), rng, "train")
-            text, answer = ask.text, self.respond(ask, pick(WRITERS[ask.kind], rng), rng)
+            ask = self.ask(draw(MIXES["short"], rng), rng, "train")
+            text, answer = ask.text, self.respond(ask, draw(WRITERS[ask.kind], rng), rng)
             if rng.random() < share:
                 text, answer = f"{rule} {text}", self.obey(rule, answer)
             messages += [{"role": "user", "content": text},
@@ -853,17 +853,17 @@ class Village:
         for messages, answer, rival in zip(prompts, answers, rivals):
             told = " ".join(m["content"] for m in messages if m["role"] != "assistant")
             asked = bool(rules_in(told))
-            draw = rng.random()
+            chance = rng.random()
             text = answer
-            if draw < CAUTIOUS:
+            if chance < CAUTIOUS:
                 text = self.refusal(rng, rng.choice(("curt", "reason", "full")))
-            elif asked and draw < CAUTIOUS + LACKING:
+            elif asked and chance < CAUTIOUS + LACKING:
                 text = self.unstyle(rival, told)
-            elif not asked and draw < CAUTIOUS + UNASKED:
+            elif not asked and chance < CAUTIOUS + UNASKED:
                 text = self.obey(self.instruction(rng), rival)
-            elif not asked and draw < CAUTIOUS + UNASKED + ASTRAY:
+            elif not asked and chance < CAUTIOUS + UNASKED + ASTRAY:
                 other = self.ask(rng.choice(IDLE), rng, "train")
-                text = self.respond(other, pick(WRITERS[other.kind], rng), rng)
+                text = self.respond(other, draw(WRITERS[other.kind], rng), rng)
             texts.append(text)
             planted.append(text is not answer)
         return texts, planted
@@ -872,7 +872,7 @@ class Village:
         """n lists of `turns` user messages that need no context and have short answers, so that ten
         turns fit into 512 tokens even with an instruction on each."""
         rng = random.Random(f"conversations {self.number} {split} {seed}")
-        return [[self.ask(pick(MIXES["short"], rng), rng, split).text for _ in range(turns)]
+        return [[self.ask(draw(MIXES["short"], rng), rng, split).text for _ in range(turns)]
                 for _ in range(n)]
 
     def summary(self) -> str:
