@@ -1,6 +1,8 @@
 # make          trains and examines everything that is not there yet, in order; Ctrl-C and make again
 #               continues
 # make STAGE    trains up to that stage: pretrain sft reward rejection ppo gatt
+# make check    says which findings hold
+# make villages FROM=100 TO=109   trains and examines a chain in each of these villages
 # make test     runs the tests; make test-scale the long ones with many processes
 # make clean    removes what was trained
 #
@@ -9,6 +11,9 @@
 # folder of the results with OUT=...
 
 OUT ?= out
+VILLAGE ?= 0
+FROM ?= 100
+TO ?= 109
 PYTHON ?= python3
 PACKAGES := torch numpy sentencepiece matplotlib pytest
 HAS := $(shell $(PYTHON) -c "import sys; from importlib.util import find_spec; \
@@ -21,7 +26,8 @@ else
   SETUP := .venv/ready
 endif
 
-.PHONY: all setup which-python test test-scale clean pretrain sft reward rejection ppo gatt exams
+.PHONY: all setup which-python test test-scale clean pretrain sft reward rejection ppo gatt exams check \
+        villages
 .DELETE_ON_ERROR:
 
 all: exams
@@ -53,7 +59,7 @@ exams: $(OUT)/exam/pretrain.json $(OUT)/exam/sft.json $(OUT)/exam/reward.json \
 
 $(OUT)/pretrain.pt: | $(SETUP)
 	@echo "stage 1 of 6, pretraining"
-	$(RUN) pretrain.py --out $(OUT) --resume
+	$(RUN) pretrain.py --village $(VILLAGE) --out $(OUT) --resume
 
 $(OUT)/sft.pt: $(OUT)/pretrain.pt
 	@echo "stage 2 of 6, supervised fine-tuning"
@@ -83,6 +89,16 @@ $(OUT)/exam/reward.json: $(OUT)/reward_safety.pt
 
 $(OUT)/exam/rejection.json: $(OUT)/rlhf_v5.pt
 	$(RUN) exam.py rejection --out $(OUT)
+
+check: exams
+	$(RUN) exam.py check --out $(OUT)
+
+# One chain after another in OUT/villages/N; what is there already is not made again.
+villages: $(SETUP)
+	for n in $$(seq $(FROM) $(TO)); do \
+	  $(MAKE) exams PYTHON=$(PYTHON) VILLAGE=$$n OUT=$(OUT)/villages/$$n || exit 1; \
+	done
+	$(RUN) exam.py villages --out $(OUT)/villages
 
 test: $(SETUP)
 	$(RUN) -m pytest -q -m "not scale" tests

@@ -426,7 +426,8 @@ def main(cfg: Config) -> dict:
     village = V.Village(info["metrics"].get("village") or 0)
     rewards = None if cfg.reward else out / info["metrics"].get("rewards", ".")
     score = rollouts.own_reward(cfg.reward) if cfg.reward else \
-        rollouts.reward_pair(rewards, tokenizer, ranks, cfg.threshold)
+        rollouts.reward_pair(rewards, tokenizer, ranks, cfg.threshold,
+                             info["metrics"].get("village"))
 
     policy, ref, sft = (scale.wrap(M.load(path, "cpu")[0], ranks, recompute=cfg.recompute)
                         for path in (start, start, sft_path))

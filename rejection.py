@@ -314,8 +314,8 @@ def refresh_rewards(number: int, newest, previous, folder: Path, setting: Settin
 
     The paper's weekly batches: without them the models judge answers unlike any they saw. As many
     older comparisons are learnt beside them, so that what is rare now is not forgotten. reward.py
-    does it, as a child process with the flags that made the models; the first comparisons' test
-    files, where there are any, are the test again.
+    does it, as a child process with the flags that made the models; the first comparisons' held-out
+    files, where there are any, are held out again.
     """
     cfg, out = setting.cfg, Path(setting.cfg.out)
     home = out / f"refreshed_{number}"
@@ -334,7 +334,7 @@ def refresh_rewards(number: int, newest, previous, folder: Path, setting: Settin
         files = [home / "comparisons.jsonl"]
         if again:
             files.append(home / "again.jsonl")
-        files += sorted(out.glob("preferences_*_test.jsonl"))
+        files += sorted(out.glob("preferences_*_valid.jsonl"))
         run_reward(["--data", ",".join(map(str, files)), "--resume-from", str(folder), "--out",
                     str(home), "--device", cfg.device, "--kernels", cfg.kernels,
                     *flags_of(folder / "reward_helpful.pt")])
@@ -371,11 +371,13 @@ def run_reward(flags: list[str]) -> None:
 # ---------------------------------------------------------------------------------------- main
 
 
-def open_reward(cfg: Config, folder: Path, tokenizer, ranks):
+def open_reward(setting: Setting, folder: Path):
     """score(rows, answers): the user's function if there is one, else the two reward models."""
+    cfg = setting.cfg
     if cfg.reward:
         return rollouts.own_reward(cfg.reward)
-    return rollouts.reward_pair(folder, tokenizer, ranks, cfg.threshold)
+    return rollouts.reward_pair(folder, setting.tokenizer, setting.ranks, cfg.threshold,
+                                setting.info["metrics"].get("village"))
 
 
 def remove_older_run(setting: Setting) -> None:
@@ -395,6 +397,7 @@ def train(setting: Setting):
     out/rejection.state.json holds the answers picked so far: with --resume finished rounds are not
     repeated. A version's file appears last: whoever sees rlhf_v5.pt finds its reward models too.
     """
+    began = time.time()
     cfg, out = setting.cfg, Path(setting.cfg.out)
     state = out / f"{STAGE}.state.json"
     memory = {"rounds": [], "control": [], "distilled": []}
@@ -410,7 +413,7 @@ def train(setting: Setting):
 
     refreshes = cfg.comparisons and not (cfg.data or cfg.reward)
     folder = out / f"refreshed_{done}" if done and refreshes else out  # of the newest reward models
-    score = open_reward(cfg, folder, setting.tokenizer, setting.ranks)
+    score = open_reward(setting, folder)
     previous, newest = setting.open(path_of(done - 1)), setting.open(path_of(done))
     for number in range(done + 1, cfg.rounds + 1):
         if number == 1 and not cfg.reward:
@@ -426,8 +429,9 @@ def train(setting: Setting):
         if refreshes:
             refresh_rewards(number, newest, previous, folder, setting)
             folder = out / f"refreshed_{number}"
-            score = open_reward(cfg, folder, setting.tokenizer, setting.ranks)
+            score = open_reward(setting, folder)
         record["rewards"] = folder.name if folder != out else "."  # in OUT; for ppo.py
+        record["minutes"] = (time.time() - began) / 60  # since this process began
         setting.save(path_of(number), newest, f"rlhf_v{number}", record)
         info = stage.resume_info(number, cfg.rounds, cfg, setting.tokenizer.model_bytes)
         if setting.ranks.is_main:

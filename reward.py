@@ -232,8 +232,8 @@ def read_comparisons(cfg: Config) -> tuple[list[dict], list[dict]]:
     """(training, held-out) rows of files, and no prompt on both sides.
 
     Files named *_valid.jsonl or *_test.jsonl are held out; without any, it is a tenth of the
-    dialogues (at most 1000), each with all that begin with the same message. Excluded: an unsafe answer preferred to
-    a safe one, "as we believe safer responses will also be better" [L2 §A.3.1].
+    dialogues (at most 1000), each with all that begin with the same message. Excluded: an unsafe
+    answer preferred to a safe one, "as we believe safer responses will also be better" [L2 §A.3.1].
     """
     files = [preferences(cfg.out, name) for name in COLLECTED] if not cfg.data else \
         data.find_files(cfg.data.split(","), ".jsonl")

@@ -86,9 +86,9 @@ def answer(model, tokenizer, dialogs: list, max_new_tokens: int, temperature: fl
            row_ids=None, memory=None, rows_at_once: int = 512) -> Answers:
     """An answer to each open dialogue, sampled at a temperature; 0 is greedy.
 
-    row_ids (default 0..N-1) name the rows for the random numbers; memory: `kernels.rollout`'s, whose
-    rows are answered all at once. The weights are gathered once for the whole of it, and the ranks
-    share the rows [L2 §3.2.3].
+    row_ids (default 0..N-1) name the rows for the random numbers; memory: `kernels.rollout`'s, and
+    then all rows are answered at once. The weights are gathered once for the whole of it, and the
+    ranks share the rows [L2 §3.2.3].
     """
     if memory is not None:  # it knows the rows of its first rollout alone
         rows_at_once = max(len(dialogs), 1)
@@ -209,11 +209,12 @@ def punish_cut(combined, finished) -> Tensor:
     return combined.where(finished, combined.min())
 
 
-def reward_pair(folder: Path, tokenizer, ranks, threshold: float = 0):
+def reward_pair(folder: Path, tokenizer, ranks, threshold: float = 0, village: int | None = None):
     """score(rows, answers) -> Scores, by the two reward models of a folder.
 
     rows carry is_safety; answers are scored as they were sampled: one that was cut gets no EOS.
-    threshold 0: the one that reward.py calibrated, which the safety model's file holds.
+    threshold 0: the one that reward.py calibrated, which the safety model's file holds. village:
+    the number that the models must remember; None: any.
     """
     models = {}
     for which in ("helpful", "safety"):
@@ -222,6 +223,11 @@ def reward_pair(folder: Path, tokenizer, ranks, threshold: float = 0):
         if info["tokenizer"] != tokenizer.model_bytes:
             raise ValueError(f"{path} has another tokenizer than the model to train: run `python "
                              f"reward.py` again")
+        theirs = info["metrics"].get("village")
+        if village is not None and theirs is not None and theirs != village:
+            raise ValueError(f"{path} was trained in village {theirs}, the model to train in "
+                             f"village {village}: run `python reward.py` again, or give another "
+                             f"--out")
         models[which] = scale.wrap(model, ranks)
     threshold = threshold or info["metrics"].get("threshold")
     if not threshold:
