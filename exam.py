@@ -482,7 +482,8 @@ def test_pairs(one: Examined, made: reward.Config) -> dict[str, list[reward.Pair
         rows = []
         for which in ("helpful", "safety"):
             rows += reward.collect(chat.model, chat.tokenizer, one.village, f"{which}_test",
-                                   one.cfg.test_pairs, seed_of(one.cfg.seed, "test pairs"))
+                                   one.cfg.test_pairs, seed_of(one.cfg.seed, "test pairs"),
+                                   made.max_new_tokens)
         rows = reward.parse(rows)
     return {which: reward.encode([row for row in rows if reward.goal_of(row) == which],
                                  one.tokenizer, made.margin, longest)

@@ -79,8 +79,6 @@ class Config:
     dry_run: bool = False  # print what the run would need, allocate nothing
 
 
-# From 7b on, in place of the defaults above, as in SFT [L2 §3.1].
-PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096, "train": "all"}
 TEMPERATURE = 0.7  # of the answers that are learnt; UNSPECIFIED in L2
 LOG_EVERY = 5  # steps between two lines on the screen and in out/gatt.jsonl
 # ------------------------------------------------------------------------------------ the idea
@@ -120,8 +118,8 @@ def answer_loss(model, tokens, loss_mask, segments):
 
 
 def default_lr(dim: int) -> float:
-    """2e-5 from 7b on, as SFT [L2 §3.1]; below, by the width: 1.5e-3 for the tiny 128."""
-    return 2e-5 if dim >= 4096 else 1.5e-3 * 128 / dim
+    """Inversely to the width: 1.5e-3 for the tiny 128; plan.SETTINGS has that from 7b on."""
+    return 1.5e-3 * 128 / dim
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -342,7 +340,7 @@ def main(cfg: Config) -> dict:
     state, kept = out / f"{STAGE}.state.pt", out / f"{STAGE}_dialogues.jsonl"
     source = cfg.checkpoint or out / "ppo.pt"
     config = plan.shape_of(source, cfg.model, cfg.dry_run)
-    cfg = stage.at_size(cfg, PAPER, config.dim)
+    cfg = stage.at_size(cfg, plan.settings(STAGE, config))
     if not cfg.max_new_tokens < cfg.seq_len <= config.max_seq_len:
         raise ValueError(f"--seq-len {cfg.seq_len}: more than --max-new-tokens "
                          f"{cfg.max_new_tokens}, at most this model's context {config.max_seq_len}")

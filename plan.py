@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math, os, sys, time
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -209,6 +210,113 @@ def describe(run: Run, tokens: float, limit: float, where: str, utilisation: flo
 # ------------------------------------------------------------------------- what the stages ask for
 
 
+# ------------------------------------------------------------------------- hyperparameters by size
+
+
+class Setting(NamedTuple):
+    """One hyperparameter: what it is in the village, and at the paper's four sizes."""
+
+    stage: str
+    name: str  # a field of the stage's Config, or, in capitals, a constant of its file
+    tiny: object  # the default
+    sizes: tuple  # 7b, 13b, 34b, 70b
+    source: str  # where the paper gives it; "ours: ..." why, where it does not
+
+
+SIZES = {"7b": 5e9, "13b": 10e9, "34b": 25e9, "70b": 50e9}  # parameters from which on
+
+
+def all_sizes(value) -> tuple:
+    """The same at each of SIZES."""
+    return (value,) * len(SIZES)
+
+
+OURS = "ours: unspecified in L2"
+ANSWER = "ours: Table 32's limit"  # 1000 tokens for the open models of its human evaluation
+SETTINGS = [Setting(*row) for row in (
+    ("pretrain", "tokens", 2.1e6, all_sizes(2e12), "Table 1"),
+    ("pretrain", "primer", 0.25, all_sizes(0.25), "ours: the village alone"),
+    ("pretrain", "batch_size", 4, all_sizes(1024), "Table 1: 4M tokens"),
+    ("pretrain", "micro_batch", 16, all_sizes(1), "memory only"),
+    ("pretrain", "seq_len", 256, all_sizes(4096), "Table 1"),
+    ("pretrain", "lr", 0, (3e-4, 3e-4, 1.5e-4, 1.5e-4), "Table 1"),
+    ("pretrain", "warmup_steps", 100, all_sizes(2000), "§2.2"),
+    ("pretrain", "weight_decay", 0.1, all_sizes(0.1), "§2.2"),
+    ("pretrain", "clip", 1.0, all_sizes(1.0), "§2.2"),
+    ("sft", "epochs", 2, all_sizes(2), "§3.1"),
+    ("sft", "batch_size", 4, all_sizes(64), "§3.1"),
+    ("sft", "micro_batch", 16, all_sizes(1), "memory only"),
+    ("sft", "seq_len", 512, all_sizes(4096), "§3.1"),
+    ("sft", "lr", 0, all_sizes(2e-5), "§3.1"),
+    ("sft", "warmup_steps", 10, all_sizes(10), OURS),
+    ("sft", "weight_decay", 0.1, all_sizes(0.1), "§3.1"),
+    ("sft", "clip", 1.0, all_sizes(1.0), "§2.2"),
+    ("reward", "batch_size", 8, all_sizes(512), "§3.2.2"),
+    ("reward", "micro_batch", 8, all_sizes(1), "memory only"),
+    ("reward", "lr", 0, (1e-5, 1e-5, 1e-5, 5e-6), "§3.2.2"),
+    ("reward", "margin", "small", all_sizes("small"), "ours: of Table 27's two"),
+    ("reward", "aux_weight", 0.5, all_sizes(0.5), OURS),
+    ("reward", "max_new_tokens", 80, all_sizes(1024), ANSWER),
+    ("reward", "TEMPERATURES", (0.5, 0.8, 1.1), all_sizes((0.5, 0.8, 1.1)), OURS),
+    ("rejection", "prompts", 100, all_sizes(10_000), OURS),
+    ("rejection", "samples", 8, all_sizes(20), "ours: Fig. 7's, about"),
+    ("rejection", "batch_size", 32, all_sizes(64), "§3.1, as SFT"),
+    ("rejection", "rs_lr", None, all_sizes(2e-5), "§3.1, as SFT"),
+    ("rejection", "temperatures", "0.5,0.65,0.8", all_sizes("0.6,0.8,1.0,1.2,1.4"), "Fig. 8"),
+    ("rejection", "threshold", 0, all_sizes(0.15), "§3.2.3"),
+    ("rejection", "max_new_tokens", 80, all_sizes(1024), ANSWER),
+    ("ppo", "iterations", 60, all_sizes(400), "§3.2.3"),
+    ("ppo", "batch_size", 96, all_sizes(512), "§3.2.3"),
+    ("ppo", "minibatch", 24, all_sizes(64), "§3.2.3"),
+    ("ppo", "lr", None, all_sizes(1e-6), "§3.2.3"),
+    ("ppo", "beta", None, (0.01, 0.01, 0.005, 0.005), "§3.2.3"),
+    ("ppo", "threshold", 0, all_sizes(0.15), "§3.2.3"),
+    ("ppo", "temperature", 1.0, all_sizes(1.0), OURS),
+    ("ppo", "max_new_tokens", 80, all_sizes(1024), ANSWER),
+    ("ppo", "kl_limit", 2.9, all_sizes(0), "none but beta, §3.2.3"),
+    ("ppo", "patience", 15, all_sizes(200), "§3.2.3: 200 to 400"),
+    ("ppo", "CLIP", 0.2, all_sizes(0.2), "§3.2.3"),
+    ("ppo", "VALUE_CLIP", 0.2, all_sizes(0.2), OURS),
+    ("ppo", "GAMMA", 1.0, all_sizes(1.0), OURS),
+    ("ppo", "LAMBDA", 0.95, all_sizes(0.95), OURS),
+    ("gatt", "turns", 12, all_sizes(20), "§A.3.5: 20 and more"),
+    ("gatt", "tries", 3, all_sizes(1), "§3.3"),
+    ("gatt", "replay", 1000, all_sizes(0), "§3.3"),
+    ("gatt", "train", "attention", all_sizes("all"), "§3.3, as SFT"),
+    ("gatt", "epochs", 3, all_sizes(2), "§3.1, as SFT"),
+    ("gatt", "batch_size", 4, all_sizes(64), "§3.1, as SFT"),
+    ("gatt", "micro_batch", 16, all_sizes(1), "memory only"),
+    ("gatt", "seq_len", 512, all_sizes(4096), "§A.3.5"),
+    ("gatt", "max_new_tokens", 80, all_sizes(1024), ANSWER),
+    ("gatt", "lr", 0, all_sizes(2e-5), "§3.1, as SFT"),
+    ("gatt", "TEMPERATURE", 0.7, all_sizes(0.7), OURS),
+)]
+
+
+def settings(stage_name: str, config: M.ModelConfig) -> dict:
+    """{flag: value} of a stage for a model of this size, {} below 7b: for `stage.at_size`."""
+    parameters = M.count_parameters(replace(config, scalar_head=False))
+    columns = [i for i, least in enumerate(SIZES.values()) if parameters >= least]
+    if not columns:
+        return {}
+    return {row.name: row.sizes[columns[-1]] for row in SETTINGS
+            if row.stage == stage_name and not row.name.isupper()}
+
+
+def print_settings() -> None:
+    """Every hyperparameter by size, and where the value of the large ones comes from."""
+    print(f"{'':<25}{'tiny':>13}" + "".join(f"{size:>9}" for size in SIZES) + "  from 7b on")
+    for row in SETTINGS:
+        tiny = "by width" if row.tiny in (None, 0) else str(row.tiny).replace(" ", "")
+        if row.name == "threshold":
+            tiny = "calibrated"
+        values = [f"{v:g}" if isinstance(v, (int, float)) else "..." for v in row.sizes]
+        if isinstance(row.sizes[0], str):
+            values = [v if len(v) < 9 else "(list)" for v in row.sizes]
+        print(f"{row.stage + '.' + row.name:<25}{tiny[:12]:>13}"
+              + "".join(f"{value:>9}" for value in values) + f"  {row.source}")
+
+
 def shape_of(checkpoint, preset: str | None, dry_run: bool) -> M.ModelConfig:
     """The shape that a stage trains: its checkpoint's, which --model NAME, if given, must name.
 
@@ -385,7 +493,13 @@ def table(cfg: Table) -> None:
           "full\n* closed form: tp 8, 4 rows of 4096 tokens at a time, activations recomputed")
 
 
-COMMANDS = {"table": (table, Table), "plan": (plan, Plan), "simulate": (run_simulation, Plan)}
+@dataclass
+class Settings:
+    """`settings` has no flags."""
+
+
+COMMANDS = {"settings": (lambda cfg: print_settings(), Settings), "table": (table, Table),
+            "plan": (plan, Plan), "simulate": (run_simulation, Plan)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -69,7 +69,8 @@ class Config:
     threshold: float = ranged(0, least=0, below=1)  # gate on R_s; 0: calibrated; paper: 0.15
     temperature: float = ranged(1.0, above=0)  # of rollouts and log-probabilities; UNSPECIFIED
     max_new_tokens: int = ranged(80, least=1)  # tokens of an answer
-    kl_limit: float = ranged(2.9, above=0)  # nats per answer from the SFT model: beyond, PPO stops
+    kl_limit: float = ranged(2.9, least=0)  # nats per answer from SFT: beyond, PPO stops; 0: none
+    patience: int = ranged(15, least=1)  # iterations without progress until PPO stops
     resume: bool = False  # continue from out/ppo.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory
     tp: int = ranged(1, least=1)  # tensor-parallel ranks, under torchrun
@@ -79,19 +80,16 @@ class Config:
 
 
 class Size(NamedTuple):
-    """What changes with the model's size [L2 §3.2.3]."""
+    """What changes with the model's size; plan.SETTINGS has the paper's values."""
 
     lr: float
     beta: float
 
 
-SIZES = {0: Size(1e-4, 0.1), 768: Size(1e-5, 0.02), 4096: Size(1e-6, 0.01),
-         8192: Size(1e-6, 0.005)}  # by the width from which on
-# From 7b on these take the place of the defaults above [L2 §3.2.3].
-PAPER = {"iterations": 400, "batch_size": 512, "minibatch": 64}
+SIZES = {0: Size(1e-4, 0.1), 768: Size(1e-5, 0.02)}  # by the width from which on, below 7b
 CLIP, VALUE_CLIP = 0.2, 0.2  # of the probability ratio [L2 §3.2.3]; of the value's change [N+]
 GAMMA, LAMBDA = 1.0, 0.95  # UNSPECIFIED in L2; [N+]
-EVERY, PATIENCE = 5, 15  # iterations between held-out scores; without progress until PPO stops
+EVERY = 5  # iterations between held-out scores
 
 # ------------------------------------------------------------------------------------ the idea
 
@@ -300,7 +298,7 @@ def health(now: dict, start: dict, cfg: Config) -> list[str]:
         "KL is negative: sampler and log-probabilities disagree (temperature, mask)":
             now["kl"] < -0.05 - 0.1 * now["kl_k3"],
         "KL runs away: the policy exploits the reward model; raise --beta or lower --lr":
-            now["kl"] > 2 * cfg.kl_limit,
+            cfg.kl_limit > 0 and now["kl"] > 2 * cfg.kl_limit,
         "entropy is gone: every answer is the same; raise --beta":
             now["entropy"] < 0.2 * start["entropy"],
         f"only {now['eos_rate']:.0%} of the answers end: raise --max-new-tokens, or SFT has not "
@@ -363,11 +361,11 @@ def last_version(out: Path) -> Path:
     return versions[max(versions)]
 
 
-def settings(cfg: Config, dim: int) -> Config:
+def settings(cfg: Config, config: M.ModelConfig) -> Config:
     """cfg with what depends on the model's size filled in; ValueError for what does not fit."""
     stage.check(cfg)
-    cfg = stage.at_size(cfg, PAPER, dim)
-    size = next(size for width, size in reversed(SIZES.items()) if dim >= width)
+    cfg = stage.at_size(cfg, plan.settings(STAGE, config))
+    size = next(size for width, size in reversed(SIZES.items()) if config.dim >= width)
     lr = size.lr if cfg.lr is None else cfg.lr
     beta = size.beta if cfg.beta is None else cfg.beta
     cfg = dataclasses.replace(cfg, lr=lr, beta=beta)
@@ -375,6 +373,11 @@ def settings(cfg: Config, dim: int) -> Config:
         raise ValueError(f"--batch-size {cfg.batch_size} must be a multiple of --minibatch "
                          f"{cfg.minibatch}")
     return cfg
+
+
+def is_too_far(metrics: dict, cfg: Config) -> bool:
+    """Whether the policy is further from the SFT model than --kl-limit allows."""
+    return cfg.kl_limit > 0 and metrics.get("kl_sft", 0) > cfg.kl_limit
 
 
 def open_critic(start, rewards: Path | None, ranks, recompute: bool) -> M.Llama:
@@ -409,7 +412,7 @@ def main(cfg: Config) -> dict:
     dry = cfg.dry_run and cfg.model  # needs no checkpoint
     start = cfg.checkpoint or (sft_path if dry else last_version(out))
     config = plan.shape_of(start, cfg.model, cfg.dry_run)
-    cfg = settings(cfg, config.dim)
+    cfg = settings(cfg, config)
     if cfg.dry_run:
         length = config.max_seq_len
         plan.dry_run(config, cfg.minibatch, length, recompute=cfg.recompute, tp=cfg.tp,
@@ -457,7 +460,7 @@ def main(cfg: Config) -> dict:
         if evaluates:
             report = evaluate()
             metrics |= report
-            if report["kl_sft"] <= cfg.kl_limit and report["val_reward"] > best["val_reward"]:
+            if not is_too_far(report, cfg) and report["val_reward"] > best["val_reward"]:
                 best = {"step": it.done, **report, "weights": scale.full_weights(policy)}
             print("  {} -> {}".format(*it.sample))
         log.step(it.done, **metrics)
@@ -467,9 +470,13 @@ def main(cfg: Config) -> dict:
             progress = stage.resume_info(it.done, cfg.iterations, cfg, tokenizer.model_bytes)
             scale.save_state(state, models, optimizers,
                              {**progress, "best": best, "initial": initial}, ranks)
-        if metrics.get("kl_sft", 0) > cfg.kl_limit or it.done - best["step"] >= PATIENCE:
-            print(f"stopped at iteration {it.done}: the KL is over its limit, or the held-out "
-                  f"reward has not risen for {PATIENCE} iterations")
+        reason = ""
+        if is_too_far(metrics, cfg):
+            reason = f"KL {metrics['kl_sft']:.2f} nats from SFT is over --kl-limit {cfg.kl_limit}"
+        elif it.done - best["step"] >= cfg.patience:
+            reason = f"the held-out reward has not risen for {cfg.patience} iterations"
+        if reason:
+            print(f"stopped at iteration {it.done}: {reason}")
             break
 
     scale.load_weights(policy, best.pop("weights"))

@@ -73,13 +73,8 @@ class Config:
     dry_run: bool = False  # print what the run would need, allocate nothing
 
 
-# Peak learning rate by preset; the paper's from 7b on [L2 Table 1], below it ours.
-LEARNING_RATE = {"tiny": 4e-3, "15m": 1e-3, "110m": 6e-4, "1b": 4e-4,
-                 "7b": 3e-4, "13b": 3e-4, "34b": 1.5e-4, "70b": 1.5e-4}
-
-# From 7b on these take the place of the defaults above [L2 §2.2, Table 1].
-PAPER = {"tokens": 2e12, "batch_size": 1024, "micro_batch": 1, "seq_len": 4096,
-         "warmup_steps": 2000}
+# Peak learning rate of the sizes that the paper does not have; its own are in plan.SETTINGS.
+LEARNING_RATE = {"tiny": 4e-3, "15m": 1e-3, "110m": 6e-4, "1b": 4e-4}
 
 # ------------------------------------------------------------------------------------ the idea
 
@@ -322,7 +317,7 @@ def main(cfg: Config) -> dict:
     began = time.time()
     stage.check(cfg)
     out, shape = Path(cfg.out), M.preset(cfg.model)
-    cfg = stage.at_size(cfg, PAPER, shape.dim)
+    cfg = stage.at_size(cfg, plan.settings(STAGE, shape))
     check(cfg, shape)
     if cfg.dry_run:
         plan.dry_run(shape, cfg.batch_size, cfg.seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,

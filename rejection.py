@@ -66,6 +66,10 @@ class Config:
     samples: int = ranged(8, least=1)  # K, answers per prompt; UNSPECIFIED in L2 (figures: to 100)
     comparisons: int = ranged(500, least=0)  # pairs to label after each round; paper: weekly
     rs_lr: float | None = ranged(None, above=0)  # of each fine-tuning; none: by size (RS_LR)
+    batch_size: int = ranged(32, least=1)  # answers per step of a fine-tuning; paper: as SFT's, 64
+    # Tried anew in every round. DEVIATES: 0.6 to 1.5 in Fig. 8; the best of 8 of our hotter answers
+    # by reward was no better than one at random by the gold score: broken ones fool the model.
+    temperatures: str = "0.5,0.65,0.8"  # comma between; the best one of each round is sampled at
     threshold: float = ranged(0, least=0, below=1)  # gate on R_s; 0: calibrated; paper: 0.15
     max_new_tokens: int = ranged(80, least=1)  # tokens of an answer
     resume: bool = False  # continue after the last finished round
@@ -76,10 +80,7 @@ class Config:
     dry_run: bool = False  # print what the run would need, allocate nothing
 
 
-RS_LR = {0: 2.5e-4, 768: 1e-4, 4096: 2e-5}  # width from which on; from 4096 on that of SFT
-# Tried anew in every round. DEVIATES: 0.6 to 1.5 in Fig. 8; the best of 8 of our hotter answers by
-# reward was no better than one at random by the gold score, for broken ones fool the model.
-TEMPERATURES = (0.5, 0.65, 0.8)
+RS_LR = {0: 2.5e-4, 768: 1e-4}  # width from which on, below 7b; plan.SETTINGS has SFT's above
 PREPROMPT = "You are a responsible and safe assistant."  # generic, as in [L2 Table 39]
 LADDER = (1, 2, 4, 8, 16, 32, 64, 100)  # N of best of N (Fig. 7)
 
@@ -118,7 +119,8 @@ def merged(rounds: list, number: int) -> list[tuple[list[int], list[int]]]:
     return [tuple(example) for examples in used for example in examples]
 
 
-def imitate(model, examples: list[tuple[list[int], list[int]]], lr: float, seed: int) -> float:
+def imitate(model, examples: list[tuple[list[int], list[int]]], lr: float, batch_size: int,
+            seed: int) -> float:
     """Fine-tune in place on (prompt, response) token lists, as in SFT; returns the last loss.
 
     Two epochs as there [L2 §3.1]; the loss is on the responses alone, per response token of the
@@ -126,7 +128,7 @@ def imitate(model, examples: list[tuple[list[int], list[int]]], lr: float, seed:
     """
     ranks = scale.ranks_of(model)
     optimizer = stage.adamw(model, lr, 0.1)
-    size = min(32, len(examples))
+    size = min(batch_size, len(examples))
     order = []
     for epoch in range(2):
         order += random.Random(f"{seed} {epoch}").sample(range(len(examples)), len(examples))
@@ -197,6 +199,18 @@ def best_of(model, rows: list[dict], score, temperature: float, setting: Setting
     return answers, combined.view(-1, k), answers.finished.view(-1, k)
 
 
+def temperatures_of(cfg: Config) -> list[float]:
+    """The numbers of --temperatures; ValueError unless each is above 0."""
+    try:
+        temperatures = [float(word) for word in cfg.temperatures.split(",")]
+    except ValueError:
+        temperatures = []
+    if not temperatures or not all(0 < t < math.inf for t in temperatures):
+        raise ValueError(f"--temperatures {cfg.temperatures}: numbers above 0, comma between, as "
+                         f"0.5,0.65,0.8")
+    return temperatures
+
+
 def choose_temperature(newest, number: int, score, setting: Setting) -> tuple[float, dict]:
     """(T, {T: score}): the temperature whose best of K scores highest, and the curve behind it.
 
@@ -204,7 +218,7 @@ def choose_temperature(newest, number: int, score, setting: Setting) -> tuple[fl
     """
     rows = setting.draw(f"temperature {number}", 48, "valid")
     curve = {}
-    for temperature in TEMPERATURES:
+    for temperature in temperatures_of(setting.cfg):
         _, combined, _ = best_of(newest, rows, score, temperature, setting, "temperature", number)
         curve[temperature] = combined.amax(1).mean().item()
     return max(curve, key=curve.get), curve
@@ -277,7 +291,7 @@ def make_version(number: int, newest, score, memory: dict, setting: Setting):
     if not examples:
         raise ValueError(f"none of {combined.numel()} answers ended within --max-new-tokens "
                          f"{cfg.max_new_tokens}: raise it, or train sft.py longer")
-    loss = imitate(model, examples, cfg.rs_lr, cfg.seed)
+    loss = imitate(model, examples, cfg.rs_lr, cfg.batch_size, cfg.seed)
     print(f"V{number}: T {temperature}, {len(examples)} answers imitated (loss {loss:.3f}); reward "
           f"of one {ladder[1][0]:.2f}, best of {cfg.samples} {combined.amax(1).mean():.2f}{note}")
     return model, record
@@ -424,7 +438,8 @@ def train(setting: Setting):
             remove_older_run(setting)
         if number == cfg.rounds and memory["control"][-1]:
             control = setting.open(setting.sft)
-            imitate(control, merged(memory["control"], number), cfg.rs_lr, cfg.seed)
+            imitate(control, merged(memory["control"], number), cfg.rs_lr, cfg.batch_size,
+                    cfg.seed)
             setting.save(out / "rlhf_control.pt", control, "rlhf_control", {})
         if refreshes:
             refresh_rewards(number, newest, previous, folder, setting)
@@ -446,10 +461,12 @@ def main(cfg: Config) -> dict:
     out = Path(cfg.out)
     source = cfg.checkpoint or out / "sft.pt"
     config = plan.shape_of(source, cfg.model, cfg.dry_run)
+    cfg = stage.at_size(cfg, plan.settings(STAGE, config))
+    temperatures_of(cfg)
     if cfg.rs_lr is None:
         cfg.rs_lr = next(lr for width, lr in reversed(RS_LR.items()) if config.dim >= width)
     if cfg.dry_run:
-        plan.dry_run(config, 32, config.max_seq_len, recompute=cfg.recompute, tp=cfg.tp,
+        plan.dry_run(config, cfg.batch_size, config.max_seq_len, recompute=cfg.recompute, tp=cfg.tp,
                      device=cfg.device, rollouts=cfg.prompts * cfg.samples)
         return {}
     info = M.load(source, "cpu")[1]

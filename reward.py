@@ -55,6 +55,7 @@ class Config:
     seed: int = ranged(0, least=0)  # of prompts, labels, head and order
     pairs: int = ranged(12000, least=1)  # to collect, a third for safety; paper: 1.4 million
     valid_pairs: int = ranged(500, least=1)  # held out for each; paper: 1000 a week (§3.2.2)
+    max_new_tokens: int = ranged(80, least=1)  # tokens of an answer
     margin: Literal["none", "small", "large"] = "small"  # m(rating); paper: unsaid (Table 27)
     aux_weight: float = ranged(0.5, least=0)  # of the safety model's classification loss (§A.3.4)
     batch_size: int = ranged(8, least=1)  # pairs per step, over all ranks; paper: 512 (§3.2.2)
@@ -72,13 +73,11 @@ class Config:
     dry_run: bool = False  # print what the run would need, allocate nothing
 
 
-PAPER = {"batch_size": 512, "micro_batch": 1}  # from 7b on, in place of the above [L2 §3.2.2]
 MARGINS = {  # m(rating), in the order of data.RATINGS: significantly better ... negligibly better
     "none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}  # [L2 Table 27]
 # out/preferences_NAME.jsonl: "valid" calibrates; test pairs are collected by exam.py alone
 COLLECTED = ("helpful", "helpful_valid", "safety", "safety_valid")
 TEMPERATURES = (0.5, 0.8, 1.1)  # of the variants that are compared; UNSPECIFIED in L2
-MAX_ANSWER = 80  # tokens
 PRECISION = 0.89  # of the gate of RLHF: "threshold 0.15 ... precision of 0.89" [L2 §3.2.3]
 
 # ------------------------------------------------------------------------------------ the idea
@@ -134,7 +133,8 @@ def preferences(out, name: str) -> Path:
     return Path(out) / f"preferences_{name}.jsonl"
 
 
-def collect(model, tokenizer, village: V.Village, name: str, n: int, seed: int) -> list[dict]:
+def collect(model, tokenizer, village: V.Village, name: str, n: int, seed: int,
+            max_new_tokens: int) -> list[dict]:
     """n comparisons of two answers to a prompt, labelled, as rows of a preference file [L2 §3.2.1].
 
     name: "helpful" or "safety", the guidelines, each with prompts of its own, and behind it
@@ -146,7 +146,7 @@ def collect(model, tokenizer, village: V.Village, name: str, n: int, seed: int) 
     mix = "compared" if name == "helpful" else which
     prompts = village.prompts(mix, split or "train", n, seed, V.STYLED)
     return compare(model, tokenizer, village, [row["messages"] for row in prompts],
-                   "safe" if which == "safety" else "helpful", f"{name} {seed}")
+                   "safe" if which == "safety" else "helpful", f"{name} {seed}", max_new_tokens)
 
 
 def collect_all(cfg: Config, ranks) -> None:
@@ -158,7 +158,8 @@ def collect_all(cfg: Config, ranks) -> None:
     counts = {"helpful": cfg.pairs - cfg.pairs // 3, "safety": cfg.pairs // 3,
               "helpful_valid": cfg.valid_pairs, "safety_valid": cfg.valid_pairs}
     for name in COLLECTED:
-        rows = collect(model, tokenizer, village, name, counts[name], cfg.seed)
+        rows = collect(model, tokenizer, village, name, counts[name], cfg.seed,
+                       cfg.max_new_tokens)
         path = preferences(cfg.out, name)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if ranks.is_main:
@@ -168,7 +169,8 @@ def collect_all(cfg: Config, ranks) -> None:
     ranks.barrier()  # every rank reads the files, once they are there
 
 
-def compare(model, tokenizer, village, prompts: list, by: str, seed: str) -> list[dict]:
+def compare(model, tokenizer, village, prompts: list, by: str, seed: str,
+            max_new_tokens: int) -> list[dict]:
     """Rows of a preference file: two answers of different variants to each open dialogue.
 
     The variants are temperatures; some first answers are what neither would say. by: "helpful" or
@@ -178,11 +180,11 @@ def compare(model, tokenizer, village, prompts: list, by: str, seed: str) -> lis
     jobs = []  # (open dialogue, temperature), two neighbours for each prompt
     for prompt in prompts:
         jobs += [(prompt, temperature) for temperature in rng.sample(TEMPERATURES, 2)]
-    texts = sample(model, tokenizer, jobs, rng.randrange(1 << 30))
+    texts = sample(model, tokenizer, jobs, rng.randrange(1 << 30), max_new_tokens)
     return V.Annotator(village).comparisons(prompts, texts[::2], texts[1::2], rng, by)
 
 
-def sample(model, tokenizer, jobs: list, seed: int) -> list[str]:
+def sample(model, tokenizer, jobs: list, seed: int, max_new_tokens: int) -> list[str]:
     """An answer to each (open dialogue, temperature); "" where no EOS came.
 
     An answer that was cut is no answer: a file of messages could not say that it has no end.
@@ -192,8 +194,8 @@ def sample(model, tokenizer, jobs: list, seed: int) -> list[str]:
         same = [i for i, (_, wanted) in enumerate(jobs) if wanted == temperature]
         if not same:
             continue
-        answers = rollouts.answer(model, tokenizer, [jobs[i][0] for i in same], MAX_ANSWER,
-                                  temperature, seed, row_ids=same)
+        answers = rollouts.answer(model, tokenizer, [jobs[i][0] for i in same],
+                                  max_new_tokens, temperature, seed, row_ids=same)
         for i, text, is_finished in zip(same, answers.texts, answers.finished.tolist()):
             if is_finished:
                 texts[i] = data.break_tags(text)
@@ -345,11 +347,9 @@ def start(cfg: Config, which: str, ranks, layers: int = 0):
     return model, stage.adamw(model, 0.0, weight_decay=0.1)  # as in pretraining [L2 §3.2.2]
 
 
-def default_lr(c: M.ModelConfig) -> float:
-    """1e-5, 5e-6 for 70b [L2 §3.2.2]; below 7b, inversely to the width: 5e-4 for tiny's 128."""
-    if c.dim < 4096:
-        return 5e-4 * 128 / c.dim
-    return 5e-6 if c.dim >= 8192 and c.n_layers > 64 else 1e-5  # 34b is as wide as 70b
+def default_lr(dim: int) -> float:
+    """Inversely to the width: 5e-4 for tiny's 128; plan.SETTINGS has the paper's."""
+    return 5e-4 * 128 / dim
 
 
 def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, ranks,
@@ -358,7 +358,9 @@ def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, r
     metrics) behind each step. The order is a function of the seed: a resumed run needs no other
     memory."""
     order = random.Random(f"order {cfg.seed}").sample(pairs, len(pairs))
-    peak = cfg.lr or default_lr(model.config) / (2 if cfg.resume_from else 1)
+    peak = cfg.lr or default_lr(model.config.dim)
+    if cfg.resume_from and not cfg.lr:
+        peak /= 2
     total = len(pairs) // cfg.batch_size
     warmup = max(5, round(0.03 * total))  # 3% of the steps, at least 5 [L2 §3.2.2]
     for step in range(first, total):
@@ -440,7 +442,7 @@ def main(cfg: Config) -> dict:
     if cfg.resume_from:
         source = Path(cfg.resume_from) / f"reward_{cfg.which.replace('both', 'helpful')}.pt"
     config = plan.shape_of(source, cfg.model, cfg.dry_run)
-    cfg = stage.at_size(cfg, PAPER, config.dim)
+    cfg = stage.at_size(cfg, plan.settings(STAGE, config))
     if cfg.dry_run:
         plan.dry_run(dataclasses.replace(config, scalar_head=True), cfg.batch_size,
                      config.max_seq_len, cfg.micro_batch, cfg.recompute, cfg.tp,

@@ -73,9 +73,6 @@ class Config:
     dry_run: bool = False  # print what the run would need, allocate nothing
 
 
-# From 7b on these take the place of the defaults above [L2 §3.1].
-PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096}
-
 # ------------------------------------------------------------------------------------ the idea
 
 
@@ -91,8 +88,8 @@ def answer_loss(model, tokens, loss_mask, segments):
 
 
 def default_lr(dim: int) -> float:
-    """2e-5 from 7b on [L2 §3.1]; below, inversely to the width: 1e-3 for the tiny model's 128."""
-    return 2e-5 if dim >= 4096 else 1e-3 * 128 / dim
+    """Inversely to the width: 1e-3 for the tiny model's 128; plan.SETTINGS has the paper's."""
+    return 1e-3 * 128 / dim
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -185,7 +182,7 @@ def main(cfg: Config) -> dict:
     out = Path(cfg.out)
     source = cfg.checkpoint or out / "pretrain.pt"
     config = plan.shape_of(source, cfg.model, cfg.dry_run)
-    cfg = stage.at_size(cfg, PAPER, config.dim)
+    cfg = stage.at_size(cfg, plan.settings(STAGE, config))
     if cfg.seq_len > config.max_seq_len:
         raise ValueError(f"--seq-len {cfg.seq_len}: this model's context is {config.max_seq_len}")
     if cfg.dry_run:

@@ -6,7 +6,7 @@ knows no stage, and nothing of what is learnt. A script uses it in this order:
     @dataclass class Config       one field a flag; `ranged` gives a number its legal range
     stage.run(main, Config)       Config from the command line; what a user can mend in one line
     stage.check(cfg)              every number in its range, before anything is read
-    stage.at_size(cfg, PAPER, D)  from 7b on the paper's values take the place of the toy's
+    stage.at_size(cfg, values)    from 7b on the paper's values take the place of the toy's
     stage.adamw, stage.cosine, stage.step     the paper's optimizer [L2 §2.2] for all stages
     stage.Log                     one line on the screen, one in OUT/STAGE.jsonl
     stage.resume_info, stage.check_resume     a state continues the run that wrote it, or none
@@ -56,16 +56,16 @@ def check(cfg) -> None:
                          f"{', '.join(legal)}")
 
 
-def at_size(cfg, paper: dict, dim: int):
-    """A stage's Config for a model of this width: from 7b on (4096) with the values of `paper`.
+def at_size(cfg, values: dict):
+    """A stage's Config with the values that go with its model's size, as `plan.settings` has them.
 
-    paper: {field: value}. A flag that was given keeps its value; in a Config made without `cli`,
+    values: {field: value}. A flag that was given keeps its value; in a Config made without `cli`,
     those are the fields that are not their defaults.
     """
     given = getattr(cfg, "given", {f.name for f in dataclasses.fields(cfg)
                                    if getattr(cfg, f.name) != f.default})
-    return dataclasses.replace(cfg, **{k: v for k, v in paper.items()
-                                       if dim >= 4096 and k not in given})
+    changed = {name: value for name, value in values.items() if name not in given}
+    return dataclasses.replace(cfg, **changed)
 
 
 def _field_comments(Config) -> dict[str, str]:
