@@ -126,11 +126,19 @@ def resampled(values, requests, seed: int = 0, count: int = 1000) -> np.ndarray:
 
 
 def rate(values, requests) -> dict:
-    """{"mean", "low", "high", "answers", "requests"}: a mean with its 95% interval."""
+    """{"mean", "low", "high", "answers", "requests"}: a mean with its 95% interval.
+
+    Where no answer differs from another, resampling would say that nothing can: what was never seen
+    in n requests is then bounded by 1 - .05^(1/n), about 3 in n.
+    """
     values, requests = list(values), list(requests)
+    mean, count = sum(map(float, values)) / len(values), len(set(requests))
     low, high = np.percentile(resampled(values, requests), (2.5, 97.5)).tolist()
-    return {"mean": sum(map(float, values)) / len(values), "low": low, "high": high,
-            "answers": len(values), "requests": len(set(requests))}
+    if mean == 0 and all(value in (0, 1) for value in values):
+        high = 1 - 0.05 ** (1 / count)
+    if mean == 1 and all(value in (0, 1) for value in values):
+        low = 0.05 ** (1 / count)
+    return {"mean": mean, "low": low, "high": high, "answers": len(values), "requests": count}
 
 
 def percent(r: dict) -> str:

@@ -106,9 +106,14 @@ def draw_reward(out: Path) -> Path:
         own, ceiling = report["accuracy"][which], report.get("ceiling", {})
         for groups, style, label in ((own, "o-", "model"), (ceiling, "s--", "gold score")):
             rated = [rating for rating in data.RATINGS if rating in groups]
-            left.plot(rated, [100 * groups[rating][0] for rating in rated], style, label=label)
+            rates = [groups[rating] for rating in rated]
+            spread = [[100 * (r["mean"] - r["low"]) for r in rates],
+                      [100 * (r["high"] - r["mean"]) for r in rates]]
+            left.errorbar(rated, [100 * r["mean"] for r in rates], spread, fmt=style, capsize=3,
+                          label=label)
         left.axhline(50, color="grey", linewidth=0.8)
-        left.set(title=f"{which}: accuracy by rating", ylabel="pairs in the right order (%)")
+        left.set(title=f"{which}: accuracy by rating (sampled pairs)",
+                 ylabel="pairs in the right order (%)")
         for counts, label in zip(report["histograms"], ("chosen", "rejected")):
             middle.stairs(counts, [i / 20 for i in range(21)], fill=True, alpha=0.5, label=label)
         middle.set(title=f"{which}: scores", xlabel="sigmoid(score)", ylabel="test answers")
@@ -143,14 +148,14 @@ def draw_rlhf(out: Path) -> Path:
               title="Which temperature to sample at (Fig. 8)")
     against_sft = {**versions["win_rates"], "PPO": last["win_rates"]["PPO"]}
     for judge, style in (("reward_model", "o"), ("annotator", "s")):
-        points = [(100 * w[f"helpful_{judge}"], 100 * w[f"harmless_{judge}"])
+        points = [(100 * w["helpful"][judge]["mean"], 100 * w["harmless"][judge]["mean"])
                   for w in against_sft.values()]
         duels.plot(*zip(*points), style, label=f"judged by {judge.replace('_', ' ')}")
         for name, point in zip(against_sft, points):
             duels.annotate(name, point, textcoords="offset points", xytext=(4, 4), fontsize=8)
     duels.margins(0.12)  # room for the names
-    duels.set(xlabel="helpfulness: wins against SFT (%)", title="Versions (Fig. 11)",
-              ylabel="harmlessness: wins against SFT (%)")
+    duels.set(xlabel="helpfulness: wins against SFT, ties half (%)", title="Versions (Fig. 11)",
+              ylabel="harmlessness: wins against SFT, ties half (%)")
     for name, numbers in {**versions["versions"], "PPO": last}.items():
         counts = numbers["safety_histogram"]
         shift.plot([0.1, 0.3, 0.5, 0.7, 0.9], [100 * c / sum(counts) for c in counts], ".-",
@@ -185,11 +190,15 @@ def draw_gatt(out: Path) -> Path:
     before, after = report["before"], report["after"]
     figure, (curves, *maps) = plotting().subplots(1, 3, figsize=(18, 4.6), layout="constrained")
     for numbers, when, style in ((before, "before", "o--"), (after, "after GAtt", "o-")):
-        for name, color in (("seen", "tab:blue"), ("unseen", "tab:orange")):
-            curves.plot(range(1, len(numbers[name]) + 1), numbers[name], style, color=color,
-                        markersize=4, label=f"{name} values, {when}")
+        for name, color, label in (("seen", "tab:blue", "seen values"),
+                                   ("unseen", "tab:orange", "unseen values"),
+                                   ("untrained", "tab:green", "untrained kind of rule")):
+            shares = [r["mean"] for r in numbers.get(name, [])]
+            curves.plot(range(1, len(shares) + 1), shares, style, color=color, markersize=4,
+                        label=f"{label}, {when}")
     for numbers, when, color in ((before, "before", "0.6"), (after, "after GAtt", "k")):
-        curves.plot(range(1, len(numbers["ceiling"]) + 1), numbers["ceiling"], ":", color=color,
+        shares = [r["mean"] for r in numbers["ceiling_seen"]]
+        curves.plot(range(1, len(shares) + 1), shares, ":", color=color,
                     label=f"ceiling: told on every turn, {when}")
     curves.set(title="The instruction is given on turn 1 only", xlabel="turn", ylim=(0, 1.02),
                ylabel="share of answers that obey")
