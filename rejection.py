@@ -147,8 +147,7 @@ def imitate(model, examples: list[tuple[list[int], list[int]]], lr: float, batch
         # 3) backward, clip, step; FSDP averages gradients over its ranks: times their number, a sum
         (loss * ranks.dp).backward()
         scale.clip(model, 1.0)
-        step_lr = lr * (0.55 + 0.45 * math.cos(math.pi * step / total))  # to a tenth, as in SFT
-        stage.step(optimizer, step_lr, loss=loss.item())
+        stage.step(optimizer, stage.cosine(step, total, lr, warmup=0), loss=loss.item())
     return ranks.sum(loss.item())
 
 
