@@ -513,6 +513,23 @@ class Village:
         """"train", "valid" or "test", by the composition that is asked."""
         return self.held_out.get(ask.composition, "train")
 
+    def tested_in(self, text: str) -> list[tuple]:
+        """The test compositions that a text asks for, or whose sum it tells: none stands in what
+        any stage before the exam reads. (Facts are stated everywhere; here they count if asked.)"""
+        compositions = []
+        digits = {}  # of the tale under way: 'Mira has two nuts and finds three nuts.'
+        for (what, kind, topic), slots in parse_all(text):
+            if what == "ask" and kind in KINDS:
+                compositions.append(Ask(kind, topic, slots, "").composition)
+            elif what == "sum" and kind == "tale":
+                digits = slots
+            elif what == "sum" and kind == "sum":
+                told = {slot: slots[slot] for slot in ("digit", "digit2")}
+                compositions.append(Ask("arithmetic", "sum", told, "").composition)
+            elif what == "sum" and kind == "total" and digits:
+                compositions.append(Ask("arithmetic", "total", digits, "").composition)
+        return [c for c in compositions if self.held_out.get(c) == "test"]
+
     # -- questions
     def ask(self, kind: str, rng: random.Random, *splits: str) -> Ask:
         """A random question of a kind whose composition lies in one of the splits."""
