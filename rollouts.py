@@ -86,9 +86,9 @@ def answer(model, tokenizer, dialogs: list, max_new_tokens: int, temperature: fl
            row_ids=None, memory=None, rows_at_once: int = 512) -> Answers:
     """An answer to each open dialogue, sampled at a temperature; 0 is greedy.
 
-    row_ids (default 0..N-1) name the rows for the random numbers; memory: `kernels.rollout`'s, whose
-    rows are answered all at once. The weights are gathered once for the whole of it, and the ranks
-    share the rows [L2 §3.2.3].
+    row_ids (default 0..N-1) name the rows for the random numbers; memory: `kernels.rollout`'s, with
+    which all rows are answered at once. The weights are gathered once for the whole of it, and the
+    ranks share the rows [L2 §3.2.3].
     """
     if memory is not None:  # it knows the rows of its first rollout alone
         rows_at_once = max(len(dialogs), 1)
