@@ -21,7 +21,7 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 from __future__ import annotations
 
 import json, math, random, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,7 @@ class Config:
 
     out: str = "out"  # folder of the checkpoints, and of the exams
     checkpoint: str | None = None  # model to examine; none: the stage's in OUT
-    data: str | None = None  # reward, gatt: the files that the stage was given
+    data: str | None = None  # reward, gatt: other files than the stage was given
     instructions: str | None = None  # gatt: goes with --data
     seed: int = ranged(0, least=0)  # of the sampling
     eval_prompts: int = ranged(200, least=1)  # test prompts of each kind, dialogues per curve
@@ -514,10 +514,9 @@ def talks_of_village(village: V.Village, cfg: Config) -> TestTalks:
                      rows("unseen"))
 
 
-def talks_of_files(cfg: Config) -> TestTalks:
-    """The same from a user's files, of what gatt.py held out."""
-    flags = gatt.Config(data=cfg.data, instructions=cfg.instructions, seed=cfg.seed)
-    train, test, _ = gatt.own_files(flags)
+def talks_of_files(made: gatt.Config, cfg: Config) -> TestTalks:
+    """The same from a user's files, of what gatt.py held out under the flags it was given."""
+    train, test, _ = gatt.own_files(made)
     rng = random.Random(f"exam {cfg.seed}")
     questions = [m["content"] for dialog in test["dialogs"] for m in dialog if m["role"] == "user"]
     n = cfg.eval_prompts
@@ -664,9 +663,14 @@ def obedience(one: Examined, test: TestTalks, when: str, talk=None) -> dict:
 def exam_gatt(cfg: Config) -> dict:
     """Ghost Attention's model, beside the one that it started from."""
     out = Path(cfg.out)
-    after = open_model(cfg, cfg.checkpoint or out / "gatt.pt")
+    path = cfg.checkpoint or out / "gatt.pt"
+    made = gatt.Config(**M.load(path, "cpu")[1]["metrics"].get("flags", {}))
+    if cfg.data or cfg.instructions:
+        made = replace(made, data=cfg.data, instructions=cfg.instructions)
+    cfg = replace(cfg, data=made.data, instructions=made.instructions)
+    after = open_model(cfg, path)
     before = open_model(cfg, out / f"{after.info['metrics']['lineage'][-1]}.pt")
-    test = talks_of_files(cfg) if cfg.data else talks_of_village(after.village, cfg)
+    test = talks_of_files(made, cfg) if made.data else talks_of_village(after.village, cfg)
     report = {"before": obedience(before, test, "before")}
     report["after"] = obedience(after, test, "after", report["before"]["talk"])
     return report | {"dialogues": cfg.eval_prompts}
