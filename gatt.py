@@ -395,6 +395,8 @@ def main(cfg: Config) -> dict:
 
     final = {"loss": metrics["loss"], **stage.heritage(info), "flags": dataclasses.asdict(cfg),
              "minutes": (time.time() - began) / 60}
+    if not has_files:
+        final["village"] = village.number  # its questions, whatever was read before
     scale.save(out / f"{STAGE}.pt", model, STAGE, tokenizer.model_bytes, final,
                cfg.data or f"village {village.number}")
     print(f"loss of the last step {final['loss']:.4f} nats per answer token")
