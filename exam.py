@@ -81,6 +81,23 @@ def open_model(cfg: Config, path) -> Examined:
     return Examined(model, data.Tokenizer(info["tokenizer"]), info, village, cfg)
 
 
+def knows_a_village(one: Examined) -> bool:
+    """Whether the annotator can grade the model; says so where it can not."""
+    knows = one.info["metrics"].get("village") is not None
+    if not knows:
+        print("this model has read of no village: its held-out numbers are all there is to say")
+    return knows
+
+
+def start_of(one: Examined) -> str:
+    """The stage that a model started from: OUT/NAME.pt."""
+    lineage = one.info["metrics"].get("lineage")
+    if not lineage:
+        raise ValueError(f"a checkpoint of stage {one.info['stage']} that does not say what it "
+                         f"started from has nothing to be compared with")
+    return lineage[-1]
+
+
 # ------------------------------------------------------------------------------------ pretrain
 
 
@@ -99,8 +116,7 @@ def facts_known(one: Examined, asked: bool) -> tuple[float, int]:
 def exam_pretrain(cfg: Config) -> dict:
     """What the base model knows: facts asked, facts never asked, grammar at T = 1."""
     one = open_model(cfg, cfg.checkpoint or Path(cfg.out) / "pretrain.pt")
-    if one.info["metrics"].get("village") is None:
-        print("this model did not read of a village: its held-out loss is all there is to say")
+    if not knows_a_village(one):
         return {}
     asked, n_asked = facts_known(one, asked=True)
     unasked, n_unasked = facts_known(one, asked=False)
@@ -172,6 +188,8 @@ def demonstrated(village: V.Village, n: int = 2000) -> dict:
 def exam_sft(cfg: Config) -> dict:
     """What the annotator thinks of the model's answers, and of those it has learnt from."""
     one = open_model(cfg, cfg.checkpoint or Path(cfg.out) / "sft.pt")
+    if not knows_a_village(one):
+        return {}
     own = demonstrated(one.village)
     print(f"demonstrations' own answers: helpfulness {own['gold_helpfulness']:.3f}  violations "
           f"{own['violations']:.1%}  false refusals {own['false_refusals']:.1%}")
@@ -434,6 +452,8 @@ def exam_rejection(cfg: Config) -> dict:
     if "V1" not in paths:
         raise FileNotFoundError(f"{out} holds no version: `python rejection.py` makes them")
     last = [name for name in paths if name.startswith("V")][-1]
+    if not knows_a_village(open_model(cfg, paths[last])):
+        return {}
     score = judges(cfg, paths[last])
     report = {"rounds": [], "versions": {}, "win_rates": {}}
     sft = None
@@ -473,13 +493,15 @@ def exam_ppo(cfg: Config) -> dict:
     out = Path(cfg.out)
     path = cfg.checkpoint or out / "ppo.pt"
     one = open_model(cfg, path)
+    if not knows_a_village(one):
+        return {}
+    last = start_of(one)
     report = grade_of_policy(one)
     score = judges(cfg, path)
     rows = test_prompts(one.village, 2 * cfg.eval_prompts)
     annotator = V.Annotator(one.village)
     ours = test_answers(one, rows, score)
     few = {goal: asked[:cfg.eval_prompts] for goal, asked in rows.items()}
-    last = one.info["metrics"]["lineage"][-1]  # where PPO started
     name = last.replace("rlhf_v", "V").replace("sft", "SFT")
     theirs = test_answers(open_model(cfg, out / f"{last}.pt"), rows, score)
     sft = test_answers(open_model(cfg, out / "sft.pt"), few, score)
@@ -669,7 +691,7 @@ def exam_gatt(cfg: Config) -> dict:
         made = replace(made, data=cfg.data, instructions=cfg.instructions)
     cfg = replace(cfg, data=made.data, instructions=made.instructions)
     after = open_model(cfg, path)
-    before = open_model(cfg, out / f"{after.info['metrics']['lineage'][-1]}.pt")
+    before = open_model(cfg, out / f"{start_of(after)}.pt")
     test = talks_of_files(made, cfg) if made.data else talks_of_village(after.village, cfg)
     report = {"before": obedience(before, test, "before")}
     report["after"] = obedience(after, test, "after", report["before"]["talk"])

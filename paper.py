@@ -48,7 +48,10 @@ def read_exam(out: Path, name: str) -> dict:
     path = out / "exam" / f"{name}.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: `python exam.py {name}` makes it")
-    return json.loads(path.read_text())
+    report = json.loads(path.read_text())
+    if not report:  # of a model that has read of no village
+        raise FileNotFoundError(f"{path} holds no numbers: there is nothing to draw")
+    return report
 
 
 def save(figure, out: Path, name: str) -> Path:
