@@ -279,7 +279,8 @@ def judge(model, which: str, tests: dict[str, list[reward.Pair]], village=None) 
 def print_rewards(reports: dict[str, dict]) -> None:
     """Accuracy by rating on both test sets (Tables 7, 8), and each model's weak points."""
     for columns in ((*data.RATINGS, "all"), tuple(reward.SAFETY_BINS.values())):
-        print(f"\naccuracy in %, of pairs {'':<14}" + "".join(f"{name:>18}" for name in columns))
+        width = max(13, *map(len, columns))
+        print(f"\n{'accuracy in %, of pairs':<34}" + "".join(f"{c:>{width}}" for c in columns))
         for test in ("helpful", "safety"):
             lines = {f"{which} model": report["accuracy"].get(test)
                      for which, report in reports.items()}
@@ -289,7 +290,8 @@ def print_rewards(reports: dict[str, dict]) -> None:
                     continue
                 cells = [f"{100 * groups[c][0]:.1f} of {groups[c][1]:>4}" if c in groups else ""
                          for c in columns]
-                print(f"{f'{test} test, {name}':<38}" + "".join(f"{cell:>18}" for cell in cells))
+                print(f"{f'{test} test, {name}':<34}"
+                      + "".join(f"{cell:>{width}}" for cell in cells))
     for which, report in reports.items():
         wins = report["longer_wins"]
         print(f"\n{which} model: score and length correlate by {report['length_correlation']:+.2f};"
@@ -750,11 +752,12 @@ def print_summary(summary: dict) -> None:
           f"{'false refusals':>16}{'reward h / s':>15}{'KL':>7}   GAtt: turns held")
     for name, numbers in summary.items():
         where = numbers.get("after", {}) if name == "gatt" else numbers
-        if name == "sft":  # what its answers score could not be known before the reward models
-            where = {**numbers, **(dig(summary, "rejection", "versions", "SFT") or {})}
+        scored = dig(summary, "rejection", "versions", "SFT")
+        if name == "sft" and scored:  # could not be known before the reward models
+            where = {**numbers, **scored, "kl": 0.0}
         rewards = [shown(where.get(f"reward_{goal}"), ".2f") for goal in ("helpful", "safety")]
         held = []
-        if name == "gatt" and "before" in numbers:
+        if name == "gatt" and dig(numbers, "before", "ceiling"):
             least = numbers["before"]["ceiling"][0] / 2
             held = [str(sum(share >= least for share in numbers[when]["seen"]))
                     for when in ("before", "after")]

@@ -3,8 +3,8 @@
     python paper.py               every figure that OUT has the numbers for
     python paper.py gatt          one of them
 
-in  : OUT/STAGE.jsonl, OUT/exam/STAGE.json
-out : OUT/figures/STAGE.png
+in  : OUT/STAGE.jsonl, OUT/exam/STAGE.json, and from OUT/pretrain.pt the tokens of a step
+out : OUT/figures/STAGE.png; of rlhf, which is rejection sampling and PPO, ppo.png
 
 Nothing is measured here: the stages and exam.py did that. Each figure is one short function.
 
