@@ -21,7 +21,7 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 from __future__ import annotations
 
 import json, math, random, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,7 @@ class Config:
 
     out: str = "out"  # folder of the checkpoints, and of the exams
     checkpoint: str | None = None  # model to examine; none: the stage's in OUT
-    data: str | None = None  # reward, gatt: the files that the stage was given
+    data: str | None = None  # reward, gatt: other files than the stage was given
     instructions: str | None = None  # gatt: goes with --data
     seed: int = ranged(0, least=0)  # of the sampling
     eval_prompts: int = ranged(200, least=1)  # test prompts of each kind, dialogues per curve
@@ -81,6 +81,23 @@ def open_model(cfg: Config, path) -> Examined:
     return Examined(model, data.Tokenizer(info["tokenizer"]), info, village, cfg)
 
 
+def knows_a_village(one: Examined) -> bool:
+    """Whether the annotator can grade the model; says so where it can not."""
+    knows = one.info["metrics"].get("village") is not None
+    if not knows:
+        print("this model has read of no village: its held-out numbers are all there is to say")
+    return knows
+
+
+def start_of(one: Examined) -> str:
+    """The stage that a model started from: OUT/NAME.pt."""
+    lineage = one.info["metrics"].get("lineage")
+    if not lineage:
+        raise ValueError(f"a checkpoint of stage {one.info['stage']} that does not say what it "
+                         f"started from has nothing to be compared with")
+    return lineage[-1]
+
+
 # ------------------------------------------------------------------------------------ pretrain
 
 
@@ -99,8 +116,7 @@ def facts_known(one: Examined, asked: bool) -> tuple[float, int]:
 def exam_pretrain(cfg: Config) -> dict:
     """What the base model knows: facts asked, facts never asked, grammar at T = 1."""
     one = open_model(cfg, cfg.checkpoint or Path(cfg.out) / "pretrain.pt")
-    if one.info["metrics"].get("village") is None:
-        print("this model did not read of a village: its held-out loss is all there is to say")
+    if not knows_a_village(one):
         return {}
     asked, n_asked = facts_known(one, asked=True)
     unasked, n_unasked = facts_known(one, asked=False)
@@ -172,6 +188,8 @@ def demonstrated(village: V.Village, n: int = 2000) -> dict:
 def exam_sft(cfg: Config) -> dict:
     """What the annotator thinks of the model's answers, and of those it has learnt from."""
     one = open_model(cfg, cfg.checkpoint or Path(cfg.out) / "sft.pt")
+    if not knows_a_village(one):
+        return {}
     own = demonstrated(one.village)
     print(f"demonstrations' own answers: helpfulness {own['gold_helpfulness']:.3f}  violations "
           f"{own['violations']:.1%}  false refusals {own['false_refusals']:.1%}")
@@ -261,7 +279,8 @@ def judge(model, which: str, tests: dict[str, list[reward.Pair]], village=None) 
 def print_rewards(reports: dict[str, dict]) -> None:
     """Accuracy by rating on both test sets (Tables 7, 8), and each model's weak points."""
     for columns in ((*data.RATINGS, "all"), tuple(reward.SAFETY_BINS.values())):
-        print(f"\naccuracy in %, of pairs {'':<14}" + "".join(f"{name:>18}" for name in columns))
+        width = max(13, *map(len, columns))
+        print(f"\n{'accuracy in %, of pairs':<34}" + "".join(f"{c:>{width}}" for c in columns))
         for test in ("helpful", "safety"):
             lines = {f"{which} model": report["accuracy"].get(test)
                      for which, report in reports.items()}
@@ -271,7 +290,8 @@ def print_rewards(reports: dict[str, dict]) -> None:
                     continue
                 cells = [f"{100 * groups[c][0]:.1f} of {groups[c][1]:>4}" if c in groups else ""
                          for c in columns]
-                print(f"{f'{test} test, {name}':<38}" + "".join(f"{cell:>18}" for cell in cells))
+                print(f"{f'{test} test, {name}':<34}"
+                      + "".join(f"{cell:>{width}}" for cell in cells))
     for which, report in reports.items():
         wins = report["longer_wins"]
         print(f"\n{which} model: score and length correlate by {report['length_correlation']:+.2f};"
@@ -434,6 +454,8 @@ def exam_rejection(cfg: Config) -> dict:
     if "V1" not in paths:
         raise FileNotFoundError(f"{out} holds no version: `python rejection.py` makes them")
     last = [name for name in paths if name.startswith("V")][-1]
+    if not knows_a_village(open_model(cfg, paths[last])):
+        return {}
     score = judges(cfg, paths[last])
     report = {"rounds": [], "versions": {}, "win_rates": {}}
     sft = None
@@ -473,13 +495,15 @@ def exam_ppo(cfg: Config) -> dict:
     out = Path(cfg.out)
     path = cfg.checkpoint or out / "ppo.pt"
     one = open_model(cfg, path)
+    if not knows_a_village(one):
+        return {}
+    last = start_of(one)
     report = grade_of_policy(one)
     score = judges(cfg, path)
     rows = test_prompts(one.village, 2 * cfg.eval_prompts)
     annotator = V.Annotator(one.village)
     ours = test_answers(one, rows, score)
     few = {goal: asked[:cfg.eval_prompts] for goal, asked in rows.items()}
-    last = one.info["metrics"]["lineage"][-1]  # where PPO started
     name = last.replace("rlhf_v", "V").replace("sft", "SFT")
     theirs = test_answers(open_model(cfg, out / f"{last}.pt"), rows, score)
     sft = test_answers(open_model(cfg, out / "sft.pt"), few, score)
@@ -514,10 +538,9 @@ def talks_of_village(village: V.Village, cfg: Config) -> TestTalks:
                      rows("unseen"))
 
 
-def talks_of_files(cfg: Config) -> TestTalks:
-    """The same from a user's files, of what gatt.py held out."""
-    flags = gatt.Config(data=cfg.data, instructions=cfg.instructions, seed=cfg.seed)
-    train, test, _ = gatt.own_files(flags)
+def talks_of_files(made: gatt.Config, cfg: Config) -> TestTalks:
+    """The same from a user's files, of what gatt.py held out under the flags it was given."""
+    train, test, _ = gatt.own_files(made)
     rng = random.Random(f"exam {cfg.seed}")
     questions = [m["content"] for dialog in test["dialogs"] for m in dialog if m["role"] == "user"]
     n = cfg.eval_prompts
@@ -664,9 +687,14 @@ def obedience(one: Examined, test: TestTalks, when: str, talk=None) -> dict:
 def exam_gatt(cfg: Config) -> dict:
     """Ghost Attention's model, beside the one that it started from."""
     out = Path(cfg.out)
-    after = open_model(cfg, cfg.checkpoint or out / "gatt.pt")
-    before = open_model(cfg, out / f"{after.info['metrics']['lineage'][-1]}.pt")
-    test = talks_of_files(cfg) if cfg.data else talks_of_village(after.village, cfg)
+    path = cfg.checkpoint or out / "gatt.pt"
+    made = gatt.Config(**M.load(path, "cpu")[1]["metrics"].get("flags", {}))
+    if cfg.data or cfg.instructions:
+        made = replace(made, data=cfg.data, instructions=cfg.instructions)
+    cfg = replace(cfg, data=made.data, instructions=made.instructions)
+    after = open_model(cfg, path)
+    before = open_model(cfg, out / f"{start_of(after)}.pt")
+    test = talks_of_files(made, cfg) if made.data else talks_of_village(after.village, cfg)
     report = {"before": obedience(before, test, "before")}
     report["after"] = obedience(after, test, "after", report["before"]["talk"])
     return report | {"dialogues": cfg.eval_prompts}
@@ -724,11 +752,12 @@ def print_summary(summary: dict) -> None:
           f"{'false refusals':>16}{'reward h / s':>15}{'KL':>7}   GAtt: turns held")
     for name, numbers in summary.items():
         where = numbers.get("after", {}) if name == "gatt" else numbers
-        if name == "sft":  # what its answers score could not be known before the reward models
-            where = {**numbers, **(dig(summary, "rejection", "versions", "SFT") or {})}
+        scored = dig(summary, "rejection", "versions", "SFT")
+        if name == "sft" and scored:  # could not be known before the reward models
+            where = {**numbers, **scored, "kl": 0.0}
         rewards = [shown(where.get(f"reward_{goal}"), ".2f") for goal in ("helpful", "safety")]
         held = []
-        if name == "gatt" and "before" in numbers:
+        if name == "gatt" and dig(numbers, "before", "ceiling"):
             least = numbers["before"]["ceiling"][0] / 2
             held = [str(sum(share >= least for share in numbers[when]["seen"]))
                     for when in ("before", "after")]
