@@ -32,7 +32,7 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 from __future__ import annotations
 
 import json, math, random, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
 
@@ -53,7 +53,7 @@ class Config:
 
     out: str = "out"  # folder of the checkpoints, and of the exams
     checkpoint: str | None = None  # model to examine; none: the stage's in OUT
-    data: str | None = None  # reward, gatt: the files that the stage was given
+    data: str | None = None  # reward, gatt: other files than the stage was given
     instructions: str | None = None  # gatt: goes with --data
     seed: int = ranged(0, least=0)  # of the sampling
     eval_prompts: int = ranged(200, least=1)  # test prompts of each kind, dialogues per curve
@@ -105,6 +105,23 @@ def open_model(cfg: Config, path) -> Examined:
     model = scale.wrap(model, scale.Ranks(M.pick_device(cfg.device)))
     village = V.Village(info["metrics"].get("village") or 0)
     return Examined(model, data.Tokenizer(info["tokenizer"]), info, village, cfg)
+
+
+def knows_a_village(one: Examined) -> bool:
+    """Whether the annotator can grade the model; says so where it can not."""
+    knows = one.info["metrics"].get("village") is not None
+    if not knows:
+        print("this model has read of no village: its held-out numbers are all there is to say")
+    return knows
+
+
+def start_of(one: Examined) -> str:
+    """The stage that a model started from: OUT/NAME.pt."""
+    lineage = one.info["metrics"].get("lineage")
+    if not lineage:
+        raise ValueError(f"a checkpoint of stage {one.stage} that does not say what it started "
+                         f"from has nothing to be compared with")
+    return lineage[-1]
 
 
 # ----------------------------------------------------------------------- rates and their intervals
@@ -178,8 +195,7 @@ def exam_pretrain(cfg: Config) -> dict:
     And whether what is tested stands in the text: in 4,000 documents of the generator.
     """
     one = open_model(cfg, cfg.checkpoint or Path(cfg.out) / "pretrain.pt")
-    if one.info["metrics"].get("village") is None:
-        print("this model did not read of a village: its held-out loss is all there is to say")
+    if not knows_a_village(one):
         return {}
     asked, never = facts_known(one, asked=True), facts_known(one, asked=False)
     texts = pretrain.complete(one.model, one.tokenizer, [""] * 100, 80, temperature=1.0, seed=1)
@@ -278,6 +294,8 @@ def demonstrated(village: V.Village, n: int = 2000) -> dict:
 def exam_sft(cfg: Config) -> dict:
     """What the annotator thinks of the model's answers, and of those it has learnt from."""
     one = open_model(cfg, cfg.checkpoint or Path(cfg.out) / "sft.pt")
+    if not knows_a_village(one):
+        return {}
     own = demonstrated(one.village)
     print_grade("writers", own)
     return {"demonstrations": own, **grade(one)}
@@ -702,6 +720,8 @@ def exam_rejection(cfg: Config) -> dict:
     if "V1" not in paths:
         raise FileNotFoundError(f"{out} holds no version: `python rejection.py` makes them")
     last = [name for name in paths if name.startswith("V")][-1]
+    if not knows_a_village(open_model(cfg, paths[last])):
+        return {}
     score = judges(cfg, paths[last])
     report = {"rounds": [], "versions": {}, "win_rates": {}}
     for name, path in paths.items():
@@ -739,12 +759,14 @@ def exam_ppo(cfg: Config) -> dict:
     out = Path(cfg.out)
     path = cfg.checkpoint or out / "ppo.pt"
     one = open_model(cfg, path)
+    if not knows_a_village(one):
+        return {}
+    last = start_of(one)
     report = grade(one)
     score = judges(cfg, path)
     rows = test_prompts(one.village, 2 * cfg.eval_prompts)
     few = {goal: asked[:cfg.eval_prompts] for goal, asked in rows.items()}
     ours = test_answers(one, rows, score)
-    last = one.info["metrics"]["lineage"][-1]  # where PPO started
     name = last.replace("rlhf_v", "V").replace("sft", "SFT")
     theirs = test_answers(open_model(cfg, out / f"{last}.pt"), rows, score)
     sft = test_answers(open_model(cfg, out / "sft.pt"), few, score)
@@ -780,10 +802,9 @@ def talks_of_village(village: V.Village, cfg: Config) -> TestTalks:
     return TestTalks(village.conversations(EVAL_TURNS, "test", n, seed), rows)
 
 
-def talks_of_files(cfg: Config) -> TestTalks:
-    """The same from a user's files, of what gatt.py held out."""
-    flags = gatt.Config(data=cfg.data, instructions=cfg.instructions, seed=cfg.seed)
-    train, test, _ = gatt.own_files(flags)
+def talks_of_files(made: gatt.Config, cfg: Config) -> TestTalks:
+    """The same from a user's files, of what gatt.py held out under the flags it was given."""
+    train, test, _ = gatt.own_files(made)
     rng = random.Random(f"exam {cfg.seed}")
     questions = [m["content"] for dialog in test["dialogs"] for m in dialog if m["role"] == "user"]
     n = cfg.eval_prompts
@@ -947,10 +968,15 @@ def without_the_trick(before: Examined, test: TestTalks) -> dict:
 def exam_gatt(cfg: Config) -> dict:
     """Ghost Attention's model, beside the one that it started from."""
     out = Path(cfg.out)
-    after = open_model(cfg, cfg.checkpoint or out / "gatt.pt")
-    start = out / f"{after.info['metrics']['lineage'][-1]}.pt"
+    path = cfg.checkpoint or out / "gatt.pt"
+    made = gatt.Config(**M.load(path, "cpu")[1]["metrics"].get("flags", {}))
+    if cfg.data or cfg.instructions:
+        made = replace(made, data=cfg.data, instructions=cfg.instructions)
+    cfg = replace(cfg, data=made.data, instructions=made.instructions)
+    after = open_model(cfg, path)
+    start = out / f"{start_of(after)}.pt"
     before = open_model(cfg, start)
-    test = talks_of_files(cfg) if cfg.data else talks_of_village(after.village, cfg)
+    test = talks_of_files(made, cfg) if made.data else talks_of_village(after.village, cfg)
     report = {"before": obedience(before, test, "before")}
     report["after"] = obedience(after, test, "after", report["before"]["talk"])
     if not cfg.data:

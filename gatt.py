@@ -32,7 +32,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
-import functools, json, math, random, re, time
+import dataclasses, functools, json, math, random, re, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -391,7 +391,10 @@ def main(cfg: Config) -> dict:
             progress = stage.resume_info(done, total, cfg, tokenizer.model_bytes)
             scale.save_state(state, model, optimizer, progress, ranks)
 
-    final = {"loss": metrics["loss"], **stage.heritage(info), "minutes": (time.time() - began) / 60}
+    final = {"loss": metrics["loss"], **stage.heritage(info), "flags": dataclasses.asdict(cfg),
+             "minutes": (time.time() - began) / 60}
+    if not has_files:
+        final["village"] = village.number  # its questions, whatever was read before
     scale.save(out / f"{STAGE}.pt", model, STAGE, tokenizer.model_bytes, final,
                cfg.data or f"village {village.number}")
     print(f"loss of the last step {final['loss']:.4f} nats per answer token")

@@ -3,8 +3,8 @@
     python paper.py               every figure that OUT has the numbers for
     python paper.py gatt          one of them
 
-in  : OUT/STAGE.jsonl, OUT/exam/STAGE.json
-out : OUT/figures/STAGE.png
+in  : OUT/STAGE.jsonl, OUT/exam/STAGE.json, and from OUT/pretrain.pt the tokens of a step
+out : OUT/figures/STAGE.png; of rlhf, which is rejection sampling and PPO, ppo.png
 
 Nothing is measured here: the stages and exam.py did that. Each figure is one short function.
 
@@ -48,7 +48,10 @@ def read_exam(out: Path, name: str) -> dict:
     path = out / "exam" / f"{name}.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: `python exam.py {name}` makes it")
-    return json.loads(path.read_text())
+    report = json.loads(path.read_text())
+    if not report:  # of a model that has read of no village
+        raise FileNotFoundError(f"{path} holds no numbers: there is nothing to draw")
+    return report
 
 
 def save(figure, out: Path, name: str) -> Path:

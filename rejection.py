@@ -27,8 +27,8 @@ Differs from the paper:
 - Rejection samples come from the model itself, not from a larger one.
 - All five versions come before PPO; the paper's V5 is rejection sampling and then PPO.
 - Every version starts from the SFT model.
-- Comparisons are between two versions at two temperatures; more than a third of the first answers
-  are planted (village.Village.oddities).
+- Comparisons are between two versions at two temperatures; half of the first answers are planted
+  (village.Village.oddities).
 - Refreshing trains the reward models on instead of anew, with as many older comparisons.
 - Context distillation has one generic preprompt and no answer templates.
 """
@@ -454,7 +454,10 @@ def train(setting: Setting):
 
 
 def main(cfg: Config) -> dict:
-    """V1 to V5 and their reward models; returns {number: record}. ValueError for bad flags."""
+    """V1 to V5 and their reward models; ValueError for bad flags.
+
+    Returns {number: record} of the versions made now; with --resume the files hold the others'.
+    """
     began = time.time()
     stage.check(cfg)
     out = Path(cfg.out)

@@ -462,6 +462,8 @@ def main(cfg: Config) -> dict:
     steps = {which: len(pairs) // cfg.batch_size for which, pairs in pairs_of.items()}
     log = stage.Log(STAGE, out, sum(steps.values()), progress["step"] if progress else None)
     origin = {**stage.heritage(info), "flags": dataclasses.asdict(cfg)}
+    if not cfg.data:
+        origin["village"] = origin["village"] or 0  # as `collect` reads it
     reports = {}
     before = 0  # steps of the models that are finished
 

@@ -230,6 +230,8 @@ def main(cfg: Config) -> dict:
 
     final = {"val_loss": metrics["val_loss"], **stage.heritage(info),
              "minutes": (time.time() - began) / 60}
+    if not cfg.data:
+        final["village"] = village.number  # its demonstrations, whatever was read before
     scale.save(out / f"{STAGE}.pt", model, STAGE, tokenizer.model_bytes, final,
                cfg.data or f"village {village.number}")
     print(f"held-out answer loss {final['val_loss']:.4f} nats per token")
