@@ -378,7 +378,8 @@ def main(cfg: Config) -> dict:
             print(data.show_dialog(tokenizer, tokens, mask), end="\n\n")
         return {}
     first, total = saved["step"] if saved else 0, math.ceil(len(rows[0]) / cfg.batch_size)
-    log = stage.Log(STAGE, out, total, first if saved else None)
+    log = stage.Log(STAGE, out, total, first if saved else None,
+                    watch=("loss", "lr", "grad_norm"))
     if not saved:  # from here on nothing is sampled again
         progress = stage.resume_info(0, total, cfg, tokenizer.model_bytes)
         scale.save_state(state, model, optimizer, progress, ranks)

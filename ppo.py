@@ -439,7 +439,8 @@ def main(cfg: Config) -> dict:
     state = out / f"{STAGE}.state.pt"
     check_same = functools.partial(stage.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
     saved = scale.load_state(state, models, optimizers, ranks, check_same) if cfg.resume else None
-    log = stage.Log(STAGE, out, cfg.iterations, saved["step"] if saved else None)
+    log = stage.Log(STAGE, out, cfg.iterations, saved["step"] if saved else None,
+                    watch=("reward", "kl", "length", "val_reward", "gold"))
     evaluate = functools.partial(held_out, policy, ref, sft, score, tokenizer, village, cfg)
     if saved:
         first, best, initial = saved["step"], saved["best"], saved["initial"]

@@ -340,7 +340,8 @@ def main(cfg: Config) -> dict:
     saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None
     first = saved["step"] if saved else 0
     total = saved["total"] if saved else count_steps(cfg, model, corpus.train, ranks, began)
-    log = stage.Log(STAGE, out, total, first if saved else None)
+    log = stage.Log(STAGE, out, total, first if saved else None,
+                    watch=("loss", "lr", "tokens_per_s", "val_loss"))
     introduce(cfg, config, corpus, total, first)
     flops = plan.flops_per_token(config, cfg.seq_len)
     tick, counted = time.time(), 0  # for tokens/s between two log lines, evaluation left out

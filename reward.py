@@ -460,7 +460,8 @@ def main(cfg: Config) -> dict:
         collect_all(cfg, ranks)
     pairs_of, tests = prepare(cfg, tokenizer, config.max_seq_len)
     steps = {which: len(pairs) // cfg.batch_size for which, pairs in pairs_of.items()}
-    log = stage.Log(STAGE, out, sum(steps.values()), progress["step"] if progress else None)
+    log = stage.Log(STAGE, out, sum(steps.values()), progress["step"] if progress else None,
+                    watch=("model", "loss", "accuracy", "lr", "grad_norm"))
     origin = {**stage.heritage(info), "flags": dataclasses.asdict(cfg)}
     if not cfg.data:
         origin["village"] = origin["village"] or 0  # as `collect` reads it

@@ -207,7 +207,8 @@ def main(cfg: Config) -> dict:
     check_same = functools.partial(stage.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
     saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None
     first, total = saved["step"] if saved else 0, math.ceil(len(rows[0]) / cfg.batch_size)
-    log = stage.Log(STAGE, out, total, first if saved else None)
+    log = stage.Log(STAGE, out, total, first if saved else None,
+                    watch=("loss", "lr", "grad_norm", "val_loss"))
     print(f"{len(dialogs)} dialogues in {len(rows[0]) / cfg.epochs:.0f} rows of {cfg.seq_len} "
           f"tokens ({rows[1].float().mean():.0%} answers), {len(held_out)} held out; {cfg.epochs} "
           f"epochs are {total} steps of {cfg.batch_size} rows")

@@ -175,15 +175,18 @@ def run(main, Config) -> None:
 
 
 class Log:
-    """Metrics of a stage: one aligned line on the screen, one JSON line in out/STAGE.jsonl.
+    """Metrics of a stage: a few numbers on the screen, all of them in out/STAGE.jsonl.
 
+    watch: the numbers to look at, in columns that keep their place; none: whatever is given.
     resume_step: lines after that step, written before a crash, are dropped, so the file reads
     like that of an uninterrupted run.
     """
 
-    def __init__(self, stage: str, out, total_steps: int, resume_step: int | None = None):
+    def __init__(self, stage: str, out, total_steps: int, resume_step: int | None = None,
+                 watch: tuple[str, ...] = ()):
         self.path, self.total = Path(out) / f"{stage}.jsonl", total_steps
         self.start, self.first = time.time(), resume_step or 0
+        self.watch = watch
         self.writes = os.environ.get("RANK", "0") == "0"  # under torchrun one rank writes for all
         if not self.writes:
             return
@@ -199,9 +202,13 @@ class Log:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")
         done = max(step - self.first, 1)
         eta = (self.total - step) * (time.time() - self.start) / done  # s
-        shown = "  ".join(f"{k} {_short(v):>6}" for k, v in metrics.items() if k != "seconds")
+        columns = []
+        for name in self.watch or metrics:
+            column = f"{name} {_short(metrics[name]):>7}" if name in metrics else ""
+            columns.append(column.ljust(len(name) + 8))
         width = len(str(self.total))
-        print(f"step {step:>{width}}/{self.total}  {shown}  eta {clock(eta)}", flush=True)
+        print(f"step {step:>{width}}/{self.total}  {'  '.join(columns)}  eta {clock(eta)}",
+              flush=True)
 
 
 def _step_of(line: str) -> float:
