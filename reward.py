@@ -227,95 +227,131 @@ def goal_of(row: dict) -> str:
 
 def parse(rows: list[dict]) -> list[dict]:
     """Rows of `collect` as `data.read_preferences` gives those of a file."""
-    return [data.parse_preference(row) for row in rows]
+    return list(map(data.parse_preference, rows))
+
+
+def split_off(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(training, held-out) rows: a tenth of the openings, at most 1000, each with all its rows."""
+    openings = sorted({row["prompt"][0]["content"] for row in rows})
+    count = min(1000, max(1, len(openings) // 10))
+    chosen = set(random.Random(0).sample(openings, count))
+    parts = {True: [], False: []}
+    for row in rows:
+        parts[row["prompt"][0]["content"] in chosen].append(row)
+    return parts[False], parts[True]
+
+
+def is_unsafe_preferred(row: dict) -> bool:
+    """An unsafe answer preferred to a safe one: excluded, "as we believe safer responses will also
+    be better" [L2 §3.2.1]."""
+    return row["chosen_safe"] is False and row["rejected_safe"] is True
 
 
 def read_comparisons(cfg: Config) -> tuple[list[dict], list[dict]]:
     """(training, held-out) rows of files, and no prompt on both sides.
 
     Files named *_valid.jsonl or *_test.jsonl are held out; without any, it is a tenth of the
-    dialogues (at most 1000), each with all that begin with the same message. Excluded: an unsafe
-    answer preferred to a safe one, "as we believe safer responses will also be better" [L2 §A.3.1].
+    dialogues, each with all that begin with the same message.
     """
-    files = [preferences(cfg.out, name) for name in COLLECTED] if not cfg.data else \
-        data.find_files(cfg.data.split(","), ".jsonl")
-    given = [file for file in files if file.name.split(".")[0].endswith(("_valid", "_test"))]
-    train = data.read_preferences([f for f in files if f not in given], cfg.skip_bad_rows)
-    if given:
-        test = data.read_preferences(given, cfg.skip_bad_rows)
+    if cfg.data:
+        files = data.find_files(cfg.data.split(","), ".jsonl")
     else:
-        openings = sorted({row["prompt"][0]["content"] for row in train})
-        count = min(1000, max(1, len(openings) // 10))
-        held_out = set(random.Random(0).sample(openings, count))
-        test = [row for row in train if row["prompt"][0]["content"] in held_out]
-        train = [row for row in train if row["prompt"][0]["content"] not in held_out]
-    tested = {json.dumps(row["prompt"]) for row in test}
-    apart = [row for row in train if json.dumps(row["prompt"]) not in tested]
-    parts = [[row for row in part if (row["chosen_safe"], row["rejected_safe"]) != (False, True)]
-             for part in (apart, test)]
-    print(f"{len(parts[0])} comparisons to train on, {len(parts[1])} to test on; left out: "
-          f"{len(train) - len(apart)} whose prompt is tested, {len(apart) - len(parts[0])} and "
-          f"{len(test) - len(parts[1])} that prefer an unsafe answer to a safe one")
-    return parts[0], parts[1]
+        files = [preferences(cfg.out, name) for name in COLLECTED]
+    names = {True: [], False: []}
+    for file in files:
+        names[file.name.split(".")[0].endswith(("_valid", "_test"))].append(file)
+    train = data.read_preferences(names[False], cfg.skip_bad_rows)
+    if names[True]:
+        held_out = data.read_preferences(names[True], cfg.skip_bad_rows)
+    else:
+        train, held_out = split_off(train)
+
+    held_prompts = {json.dumps(row["prompt"]) for row in held_out}
+    kept, on_both_sides, excluded = [], 0, 0
+    for row in train:
+        if json.dumps(row["prompt"]) in held_prompts:
+            on_both_sides += 1
+        elif is_unsafe_preferred(row):
+            excluded += 1
+        else:
+            kept.append(row)
+    held_kept = [row for row in held_out if not is_unsafe_preferred(row)]
+    print(f"{len(kept)} comparisons to train on, {len(held_kept)} held out; left out: "
+          f"{on_both_sides} whose prompt\nis held out, {excluded} and "
+          f"{len(held_out) - len(held_kept)} that prefer an unsafe answer to a safe one")
+    return kept, held_kept
 
 
 def mix(rows: list[dict], which: str, seed: int) -> list[dict]:
-    """The rows that a model is trained on [L2 §A.3.3].
+    """The rows that a model is trained on [L2 §3.2.2].
 
-    Helpfulness: all helpful rows, and as many safety rows. DEVIATES: of those only pairs of two
-    safe answers; the others would teach both models to refuse, and leave nothing to tell apart.
-    Safety: all safety rows, and helpful ones, 90 to 10.
+    Helpfulness: all helpful rows, and as many safety rows where there are. DEVIATES: of those only
+    pairs of two safe answers; the others would teach both models to refuse, and leave nothing to
+    tell apart (in the village 79 to 21 is what there is). Safety: all safety rows, and helpful
+    ones, 90 to 10.
     """
     own = [row for row in rows if goal_of(row) == which]
     other = [row for row in rows if goal_of(row) != which]
+    count = len(own) // 9
     if which == "helpful":
         other = [row for row in other if row["chosen_safe"] and row["rejected_safe"]]
-    count = len(own) if which == "helpful" else len(own) // 9
+        count = len(own)
     return own + random.Random(f"mix {seed}").sample(other, min(count, len(other)))
+
+
+LABEL = {True: 1, False: 0, None: -1}  # of an answer: safe, unsafe, nobody said
 
 
 def encode(rows: list[dict], tokenizer, margin: str, longest: int) -> list[Pair]:
     """Rows as pairs of token lists; those longer than the context are left out, and counted."""
-    label, pairs = {True: 1, False: 0, None: -1}, []
+    pairs = []
     for row in rows:
-        answered = [row["prompt"] + [{"role": "assistant", "content": row[side]}]
-                    for side in ("chosen", "rejected")]
-        prompt, chosen, rejected = (data.encode_dialog(tokenizer, messages)[0]
-                                    for messages in (row["prompt"], *answered))
-        if max(len(chosen), len(rejected)) <= longest:
-            pairs.append(Pair(chosen, rejected, len(prompt), margin_of(row, margin),
-                              (label[row["chosen_safe"]], label[row["rejected_safe"]]),
-                              row["rating"], row))
+        prompt = data.encode_dialog(tokenizer, row["prompt"])[0]
+        sides = []
+        for side in ("chosen", "rejected"):
+            answered = row["prompt"] + [{"role": "assistant", "content": row[side]}]
+            sides.append(data.encode_dialog(tokenizer, answered)[0])
+        if max(map(len, sides)) <= longest:
+            safe = (LABEL[row["chosen_safe"]], LABEL[row["rejected_safe"]])
+            pairs.append(Pair(*sides, len(prompt), margin_of(row, margin), safe, row["rating"],
+                              row))
     if len(pairs) < len(rows):
         print(f"skipped {len(rows) - len(pairs)} comparisons of more than {longest} tokens")
     return pairs
 
 
-def prepare(cfg: Config, tokenizer, longest: int) -> tuple[dict, dict]:
-    """({which: training pairs}, {which: test pairs}); ValueError where there is too little.
+def describe(which: str, pairs: list[Pair], held_out: list[Pair]) -> None:
+    """What a model learns from, and the loss of one that knows nothing."""
+    shares = []
+    for rating in data.RATINGS:
+        shares.append((rating, sum(p.rating == rating for p in pairs)))
+    for safe, name in SAFETY_BINS.items():
+        shares.append((name, sum(p.safe == safe for p in pairs)))
+    at_zero = sum(math.log1p(math.exp(p.margin)) for p in pairs) / len(pairs)
+    parts = ", ".join(f"{n / len(pairs):.0%} {name}" for name, n in shares if n)
+    print(f"{which} model: {len(pairs)} pairs, {len(held_out)} held out; loss at equal scores "
+          f"{at_zero:.4f}\n    {parts}")
 
-    Prints what each model learns from, and the loss of one that knows nothing.
-    """
-    rows, test = read_comparisons(cfg)
-    tests = {which: encode([row for row in test if goal_of(row) == which], tokenizer, cfg.margin,
-                           longest) for which in ("helpful", "safety")}
-    train = {which: encode(mix(rows, which, cfg.seed), tokenizer, cfg.margin, longest)
-             for which in tests if cfg.which in ("both", which)}
-    if cfg.which == "both":  # rows without safety labels make one model
-        train = {which: pairs for which, pairs in train.items() if pairs} or train
+
+def prepare(cfg: Config, tokenizer, longest: int) -> tuple[dict, dict]:
+    """({which: training pairs}, {which: held-out pairs}); ValueError where there is too little."""
+    rows, held_rows = read_comparisons(cfg)
+    train, held_out = {}, {}
+    for which in ("helpful", "safety"):
+        own = [row for row in held_rows if goal_of(row) == which]
+        held_out[which] = encode(own, tokenizer, cfg.margin, longest)
+        if cfg.which in ("both", which):
+            train[which] = encode(mix(rows, which, cfg.seed), tokenizer, cfg.margin, longest)
+    if cfg.which == "both" and any(train.values()):  # rows without safety labels make one model
+        train = {which: pairs for which, pairs in train.items() if pairs}
     for which, pairs in train.items():
-        if len(pairs) < cfg.batch_size or not tests[which]:
+        if len(pairs) < cfg.batch_size or not held_out[which]:
             raise ValueError(f"{len(pairs)} comparisons to train the {which} model on and "
-                             f"{len(tests[which])} to test it: --batch-size {cfg.batch_size} and 1 "
-                             f"are needed; bring more rows (safety rows have chosen_safe and "
+                             f"{len(held_out[which])} held out: --batch-size {cfg.batch_size} and "
+                             f"1 are needed; bring more rows (safety rows have chosen_safe and "
                              f"rejected_safe), or choose the other model with --which")
-        shares = [(rating, sum(p.rating == rating for p in pairs)) for rating in data.RATINGS]
-        shares += [(name, sum(p.safe == safe for p in pairs)) for safe, name in SAFETY_BINS.items()]
-        at_zero = sum(math.log1p(math.exp(p.margin)) for p in pairs) / len(pairs)
-        print(f"{which} model: {len(pairs)} pairs, "
-              + ", ".join(f"{n / len(pairs):.0%} {name}" for name, n in shares if n)
-              + f"; {len(tests[which])} to test; loss at equal scores {at_zero:.4f}")
-    return train, tests
+        describe(which, pairs, held_out[which])
+    return train, held_out
 
 
 # ------------------------------------------------------------------------------------ training
@@ -352,6 +388,16 @@ def default_lr(dim: int) -> float:
     return 5e-4 * 128 / dim
 
 
+def as_rows(pairs: list[Pair], device):
+    """B pairs as 2B rows, all chosen, then all rejected: dialogues, margin (B,), is_safe (2B,)."""
+    chosen = [(p.chosen, p.safe[0]) for p in pairs]
+    rejected = [(p.rejected, p.safe[1]) for p in pairs]
+    dialogs, labels = zip(*chosen, *rejected)
+    margin = torch.tensor([p.margin for p in pairs], device=device)
+    is_safe = torch.tensor(labels, dtype=torch.float32, device=device)
+    return dialogs, margin, is_safe
+
+
 def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, ranks,
           first: int = 0):
     """One epoch, for "training longer can lead to over-fitting" [L2 §3.2.2]; yields (steps done,
@@ -370,14 +416,12 @@ def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, r
         sums = torch.zeros(3, dtype=torch.float64)  # ranking loss, auxiliary loss, right order
         for i in range(0, len(batch), cfg.micro_batch):
             piece = batch[i:i + cfg.micro_batch]  # B pairs
-            margin = torch.tensor([p.margin for p in piece], device=ranks.device)  # (B,)
-            is_safe = [float(p.safe[0]) for p in piece] + [float(p.safe[1]) for p in piece]
-            dialogs = [p.chosen for p in piece] + [p.rejected for p in piece]
+            dialogs, margin, is_safe = as_rows(piece, ranks.device)
             with M.autocast(ranks.device):
                 scores = rollouts.end_scores(model, *rollouts.pad(dialogs, ranks.device))  # (2B,)
             chosen, rejected = scores.chunk(2)
             ranking = ranking_loss(chosen, rejected, margin).sum()
-            aux = safety_loss(scores, torch.tensor(is_safe, device=ranks.device)).sum()
+            aux = safety_loss(scores, is_safe).sum()
             # the mean over this rank's pairs: FSDP averages gradients over its ranks
             ((ranking + aux_weight * aux) / len(batch)).backward()
             sums += torch.tensor([ranking.item(), aux.item(), (chosen > rejected).sum().item()])
