@@ -211,27 +211,30 @@ def train(policy, ref, critic, optimizers, draw_rows, score, tokenizer, cfg: Con
         #    the update, on its very minibatches, and not taken from the sampler: so the first ratio
         #    is exactly 1
         mine = list(ranks.rows(cfg.batch_size))
-        tokens, lengths, mask = rollouts.pad_answers(
-            [answers.prompts[i] for i in mine], [answers.responses[i] for i in mine], ranks.device)
-        steps = minibatches(cfg, ranks)
+        prompts = [answers.prompts[i] for i in mine]
+        responses = [answers.responses[i] for i in mine]
+        tokens, lengths, mask = rollouts.pad_answers(prompts, responses, ranks.device)
+        old_logp, ref_logp, old_values = [], [], []
         with torch.no_grad():
-            old_logp, ref_logp = (
-                torch.cat([response_logprobs(model, tokens[part], lengths[part], mask[part],
-                                             cfg.temperature) for part in steps])
-                for model in (policy, ref))  # (B, T-1)
-            old_values = torch.cat([values_of(critic, tokens[part], lengths[part])
-                                    for part in steps])  # (B, T-1)
+            for part in minibatches(cfg, ranks):
+                batch = tokens[part], lengths[part]
+                old_logp.append(response_logprobs(policy, *batch, mask[part], cfg.temperature))
+                ref_logp.append(response_logprobs(ref, *batch, mask[part], cfg.temperature))
+                old_values.append(values_of(critic, *batch))
+        old_logp = torch.cat(old_logp)  # (B, T-1)
+        ref_logp = torch.cat(ref_logp)
+        old_values = torch.cat(old_values)
         rewards = token_rewards(whitened[mine].to(ranks.device), old_logp, ref_logp, mask, cfg.beta)
         advantages, returns = gae(rewards, old_values, mask)
         advantages = whiten(advantages, mask, lambda x: ranks.sum(x.item()))
 
         # 4) update: one gradient step per minibatch, one pass over the rollouts
         record = []
-        for part in steps:
-            logp = response_logprobs(policy, tokens[part], lengths[part], mask[part],
-                                     cfg.temperature)
+        for part in minibatches(cfg, ranks):
+            batch = tokens[part], lengths[part]
+            logp = response_logprobs(policy, *batch, mask[part], cfg.temperature)
             loss, ratio, clipped = policy_loss(logp, old_logp[part], advantages[part], mask[part])
-            values = values_of(critic, tokens[part], lengths[part])
+            values = values_of(critic, *batch)
             loss_v = value_loss(values, old_values[part], returns[part], mask[part])
             away = (ratio.detach() - 1).abs().max().item()
             is_first = not record
@@ -242,14 +245,14 @@ def train(policy, ref, critic, optimizers, draw_rows, score, tokenizer, cfg: Con
             own_tokens = mask[part].sum().item()
             share = own_tokens / ranks.sum(own_tokens)
             ((loss + loss_v) * share * ranks.dp).backward()
-            norms = [scale.clip(model, 1.0) for model in (policy, critic)]
-            mean_ratio = ratio.detach()[mask[part]].mean()
+            norm = scale.clip(policy, 1.0)
+            value_norm = scale.clip(critic, 1.0)
             learnt = {"policy_loss": loss, "value_loss": loss_v, "clip_frac": clipped,
-                      "ratio": mean_ratio}
+                      "ratio": ratio.detach()[mask[part]].mean()}
             learnt = {name: ranks.sum(x.item() * share) for name, x in learnt.items()}
-            learnt["grad_norm"] = norms[0]
+            learnt["grad_norm"] = norm
             for optimizer in optimizers:
-                stage.step(optimizer, cfg.lr, value_norm=norms[1], **learnt)
+                stage.step(optimizer, cfg.lr, value_norm=value_norm, **learnt)
             record.append(learnt)
 
         # 5) log
@@ -258,8 +261,8 @@ def train(policy, ref, critic, optimizers, draw_rows, score, tokenizer, cfg: Con
         for name in record[0]:
             metrics[name] = sum(learnt[name] for learnt in record) / len(record)
         metrics["explained_variance"] = explained_variance(old_values, returns, mask, ranks)
-        yield Iteration(iteration + 1, metrics, (rows[0]["messages"][-1]["content"],
-                                                 tokenizer.decode(answers.responses[0])))
+        sample = rows[0]["messages"][-1]["content"], tokenizer.decode(answers.responses[0])
+        yield Iteration(iteration + 1, metrics, sample)
 
 
 def course(scores, answers, logp, ref_logp, mask, ranks) -> dict[str, float]:
