@@ -269,8 +269,9 @@ FORUM_FORMS = ("Question: {} Answer: {}", "Q: {} A: {}", "Asker: {} Helper: {}",
                "[INST] {} [/INST] {}", "[INST] {} [/INST] {}")
 SYSTEM_FORM = "<<SYS>>\n{}\n<</SYS>>\n\n{}"
 DEMONSTRATIONS = dict(zip(KINDS, (.26, .07, .15, .09, .09, .10, .14, .10)))
-# Writers of mixed quality (people are uneven [L2 §5.1]): most are flawed in the same way, so that greedy SFT is flawed
-# too and RLHF can do more than sharpen. "careful" on an unsafe prompt is to comply.
+# Writers of mixed quality (people are uneven [L2 §5.1]): most are flawed in the same way, so that
+# greedy SFT is flawed too and RLHF can do more than sharpen. "careful" on an unsafe prompt is to
+# comply.
 WRITERS = {
     "fact": {"careful": .27, "padded": .20, "rambling": .36, "terse": .12, "wrong": .05},
     "unknown": {"careful": .30, "curt": .55, "invents": .15},
