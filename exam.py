@@ -749,7 +749,7 @@ def shown(value, form: str) -> str:
 def print_summary(summary: dict) -> None:
     """The table that `make` ends with: what each stage cost and what it is worth, at T = 1."""
     print(f"{'stage':<10}{'minutes':>8}{'helpful':>9}{'at T=.5':>9}{'violations':>12}"
-          f"{'false refusals':>16}{'reward h / s':>15}{'KL':>7}   GAtt: turns held")
+          f"{'false refusals':>16}{'reward h / s':>15}{'KL':>7}   turns held")
     for name, numbers in summary.items():
         where = numbers.get("after", {}) if name == "gatt" else numbers
         scored = dig(summary, "rejection", "versions", "SFT")
