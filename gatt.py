@@ -83,6 +83,7 @@ class Config:
 PAPER = {"batch_size": 64, "micro_batch": 1, "seq_len": 4096, "train": "all"}
 TEMPERATURE = 0.7  # of the answers that are learnt; UNSPECIFIED in L2
 LOG_EVERY = 5  # steps between two lines on the screen and in out/gatt.jsonl
+
 # ------------------------------------------------------------------------------------ the idea
 
 
