@@ -52,7 +52,7 @@ class Config:
     """What is examined, and how: each field is a flag, its comment the help text."""
 
     out: str = "out"  # folder of the checkpoints, and of the exams
-    checkpoint: str | None = None  # model to examine; none: the stage's in OUT
+    checkpoint: str | None = None  # pretrain, sft, ppo, gatt: another model than the stage's
     data: str | None = None  # reward, gatt: other files than the stage was given
     instructions: str | None = None  # gatt: goes with --data
     seed: int = ranged(0, least=0)  # of the sampling

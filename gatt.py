@@ -81,6 +81,7 @@ class Config:
 
 TEMPERATURE = 0.7  # of the answers that are learnt; UNSPECIFIED in L2
 LOG_EVERY = 5  # steps between two lines on the screen and in out/gatt.jsonl
+
 # ------------------------------------------------------------------------------------ the idea
 
 

@@ -283,6 +283,8 @@ def check(cfg: Config, shape: M.ModelConfig) -> None:
                          f"{shape.max_seq_len} tokens; give 2 to {shape.max_seq_len}")
     if cfg.tokens > 1e9 and not (cfg.data or cfg.dry_run):
         raise ValueError(f"--tokens {cfg.tokens:.3g} are too many for a village: give --data")
+    if cfg.data and cfg.village:
+        raise ValueError(f"--village {cfg.village} and --data are two texts to read: give one")
     if cfg.tokenizer and cfg.vocab_size:
         raise ValueError("--vocab-size is for training a tokenizer: leave it away with --tokenizer")
 

@@ -113,7 +113,7 @@ def read_demonstrations(cfg: Config, tokenizer, village: V.Village) -> tuple[lis
     if dropped:
         print(f"skipped {dropped} dialogues longer than --seq-len {cfg.seq_len}")
     if not all(fitting):
-        raise ValueError(f"{cfg.data}: {len(fitting[0])} dialogues to train on and "
+        raise ValueError(f"{cfg.data or 'village'}: {len(fitting[0])} dialogues to train on and "
                          f"{len(fitting[1])} held out fit --seq-len {cfg.seq_len}; at least one "
                          f"of each is needed: bring more rows or raise --seq-len")
     return tuple(fitting)

@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,9 @@ import data
 import model as M
 import pretrain
 import scale
-from pretrain import Config, batch_at, learning_rate, main, next_token_loss, split_at_byte
+import stage
+import village as V
+from pretrain import Config, batch_at, main, next_token_loss, split_at_byte
 
 ROOT = Path(__file__).parent.parent
 ONE = scale.Ranks(torch.device("cpu"))
@@ -64,7 +65,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
 
 def test_warm_up_is_linear_the_peak_is_reached_and_a_tenth_is_left_at_the_end():
     """10 warm-up steps to 1.0: step 0 gives .1, step 9 gives 1; halfway of the cosine .55."""
-    rate = [learning_rate(s, 110, 1.0, 10) for s in range(111)]
+    rate = [stage.cosine(s, 110, 1.0, 10) for s in range(111)]
     assert rate[0] == pytest.approx(0.1) and rate[9] == rate[10] == pytest.approx(1.0)
     assert rate[60] == pytest.approx(0.55) and rate[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
@@ -78,41 +79,53 @@ def test_learning_rates_of_the_paper_stand_in_the_table():
 
 
 def test_decay_acts_on_matrices_only_with_the_papers_betas_and_eps():
-    groups = M.adamw(small_model(), 1e-3, 0.1).param_groups
+    groups = stage.adamw(small_model(), 1e-3, 0.1).param_groups
     assert {(g["weight_decay"], *{p.dim() for p in g["params"]}) for g in groups} == {(0.1, 2),
                                                                                     (0.0, 1)}
     assert all(g["betas"] == (0.9, 0.95) and g["eps"] == 1e-5 for g in groups)
 
 
+def one_step(model, rows, monkeypatch, **flags) -> dict:
+    """The metrics of one step of plain SGD at learning rate 1 on these rows.
+
+    One step without warm-up is at its peak: stage.cosine(0, 1, 1.0, 0) is 1.
+    """
+    monkeypatch.setattr(pretrain, "batch_at", lambda *_: rows)
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)  # the loop sets the rate
+    cfg = Config(lr=1.0, warmup_steps=0, **flags)
+    (done, metrics), = pretrain.train(model, optimizer, None, cfg, ONE, total=1)
+    assert done == 1
+    return metrics
+
+
 @pytest.mark.parametrize("micro", [1, 2, 3, 6])
-def test_accumulation_gives_the_gradient_of_the_whole_batch(micro):
-    rows, cfg = torch.randint(0, 50, (6, 9)), Config(micro_batch=micro, clip=1e9)
+def test_accumulation_gives_the_gradient_of_the_whole_batch(micro, monkeypatch):
+    rows = torch.randint(0, 50, (6, 9))
     whole, pieces = small_model(), small_model()
     next_token_loss(whole, rows).backward()
     want = {n: p.grad for n, p in whole.named_parameters()}
     norm = math.sqrt(sum(g.square().sum().item() for g in want.values()))
-    got = pretrain.train_step(pieces, torch.optim.SGD(pieces.parameters(), lr=9.0), rows, 1.0, cfg,
-                              ONE)
-    assert got[1] == pytest.approx(norm, rel=1e-4)
-    assert got[0] == pytest.approx(next_token_loss(whole, rows).item(), rel=1e-5)
+    got = one_step(pieces, rows, monkeypatch, micro_batch=micro, clip=1e9)
+    assert got["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert got["loss"] == pytest.approx(next_token_loss(whole, rows).item(), rel=1e-5)
+    assert got["lr"] == 1.0
     assert all(p.grad is None for p in pieces.parameters()), "the next step starts from zero"
     start = dict(small_model().named_parameters())
     for name, p in pieces.named_parameters():
         assert torch.allclose(start[name] - p, want[name], atol=1e-5), name
 
 
-def test_gradients_are_clipped_to_the_norm():
+def test_gradients_are_clipped_to_the_norm(monkeypatch):
     rows, model = torch.randint(0, 50, (6, 9)), small_model()
     start = [p.clone() for p in model.parameters()]
-    pretrain.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), rows, 1.0,
-                        Config(clip=0.01), ONE)
+    one_step(model, rows, monkeypatch, clip=0.01)
     moved = math.sqrt(sum((a - b).square().sum().item() for a, b in
                           zip(start, model.parameters())))
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_non_finite_loss_stops_with_the_numbers_and_writes_no_checkpoint(book, tmp_path):
-    with pytest.raises(FloatingPointError, match="loss .*gradient norm .*--lr"):
+    with pytest.raises(FloatingPointError, match="loss .*grad_norm .*--lr"):
         main(tiny(book, tmp_path / "o", lr=1e30))
     assert not (tmp_path / "o" / "pretrain.pt").exists()
 
@@ -126,7 +139,7 @@ def test_an_epoch_visits_every_sequence_once_and_the_next_in_another_order():
     assert sorted(one) == sorted(two) == list(range(0, 96, 8)) and one != two
 
 
-def test_the_worlds_first_epoch_is_read_in_the_order_of_the_stream_and_your_text_is_not():
+def test_the_villages_first_epoch_is_read_in_the_order_of_the_stream_and_your_text_is_not():
     stream, cfg = np.arange(12 * 8 + 1), Config(seq_len=8, batch_size=4)
     firsts = [batch_at(s, stream, cfg, ONE)[:, 0].tolist() for s in range(3)]
     assert sum(firsts, []) == list(range(0, 96, 8))
@@ -186,14 +199,15 @@ def tokenizer():
     return data.Tokenizer(data.train_tokenizer([TEXT], 300))
 
 
-def test_the_worlds_held_out_documents_are_others_and_it_writes_enough(tokenizer):
+def test_the_villages_held_out_documents_are_others_and_it_writes_enough(tokenizer):
     corpus = pretrain.prepare(Config(tokens=20_000, seed=3), tokenizer, 0)
     train, val = ([tokenizer.decode(ids) for ids in np.split(
         stream, np.flatnonzero(stream == tokenizer.eos_id) + 1)[:-1]]
         for stream in (corpus.train, corpus.val))
-    assert corpus.world and len(corpus.train) > 20_000
+    assert corpus.village == 0 and len(corpus.train) > 20_000
     assert len(val) == 400 and train[0] != val[0]
-    assert corpus.val_bytes == sum(len(t.encode()) for t in corpus.world.documents(400, 1_000_006))
+    documents = V.Village().documents(400, 1_000_006)
+    assert corpus.val_bytes == sum(len(t.encode()) for t in documents)
 
 
 def test_the_primer_is_the_first_part_and_drills_copying(tokenizer):
@@ -202,7 +216,7 @@ def test_the_primer_is_the_first_part_and_drills_copying(tokenizer):
         return np.mean([text.startswith("Sing ") for text in texts])
     stream = pretrain.prepare(Config(tokens=60_000, primer=0.5), tokenizer, 0).train
     first, last = songs(stream[:30_000]), songs(stream[31_000:])
-    assert abs(first - data.PRIMER["song"]) < .07 and abs(last - data.DOCUMENTS["song"]) < .05
+    assert abs(first - V.PRIMER["song"]) < .07 and abs(last - V.DOCUMENTS["song"]) < .05
     for without in (Config(tokens=20_000, primer=0), Config(tokens=20_000, minutes=1)):
         assert songs(pretrain.prepare(without, tokenizer, 0).train[:6_000]) < first / 2
 
@@ -223,36 +237,6 @@ def test_texts_are_continued_behind_bos_and_end_at_eos(tokenizer, monkeypatch):
                                memory=None)
 
 
-def test_a_fact_is_known_when_the_answer_comes_at_once_and_word_for_word(monkeypatch):
-    """Of three answers one is right, one comes too late and one is cut before its full stop."""
-    probes = [("Q1", "Ada lives in the mill."), ("Q2", "Leo eats soup."), ("Q3", "Eva wears red.")]
-    said = {"Q1": " Ada lives in the mill. Her pet is a cat.", "Q2": " I say Leo eats soup.",
-            "Q3": " Eva wears red"}
-    world = SimpleNamespace(probes=lambda asked: probes if asked else probes[1:])
-    corpus = pretrain.Corpus(None, None, None, 0, "x", world)
-    monkeypatch.setattr(pretrain, "complete", lambda model, tokenizer, prefixes, n:
-                        [said[prefix] for prefix in prefixes])
-    assert pretrain.facts_known(None, corpus, asked=True) == (1 / 3, 3)
-    assert pretrain.facts_known(None, corpus, asked=False) == (0, 2)
-
-
-def test_the_report_averages_grammar_over_documents_drawn_at_temperature_one(monkeypatch, capsys):
-    """Half of the documents have one sentence of two right, the other half all: 75%."""
-    asked = []
-
-    def complete(model, tokenizer, prefixes, n, temperature, seed):
-        asked.append((set(prefixes), temperature))
-        return ["Ada eats soup. Soup eats eats.", "Leo eats soup."] * (len(prefixes) // 2)
-
-    monkeypatch.setattr(pretrain, "complete", complete)
-    monkeypatch.setattr(pretrain, "facts_known",
-                        lambda model, corpus, asked: (0.9, 10) if asked else (0.8, 5))
-    corpus = pretrain.Corpus(None, None, None, 0, "x", data.World())
-    assert pretrain.report_world(None, corpus) == {"facts_asked": 0.9, "facts_never_asked": 0.8,
-                                                   "grammar": 0.75}
-    assert asked == [({""}, 1.0)] and "75.0% in 100 documents" in capsys.readouterr().out
-
-
 def test_the_matmul_rate_counts_two_operations_per_product(monkeypatch):
     """768^3 products and as many sums in one second of this clock."""
     ticks = iter(range(100))
@@ -262,27 +246,39 @@ def test_the_matmul_rate_counts_two_operations_per_product(monkeypatch):
 
 # ---- the whole stage
 
-def test_the_stage_learns_and_leaves_checkpoint_log_figure_and_summary(book, tmp_path, capsys):
+def test_the_stage_learns_and_leaves_checkpoint_and_log(book, tmp_path, capsys):
     final = main(tiny(book, tmp_path, tokens=60 * 4 * 32))
     rows = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
     assert abs(rows[0]["loss"] - math.log(300)) < 0.2 and rows[-1]["loss"] < 4.0
     assert [r["step"] for r in rows] == list(range(1, 61))
     warmup = Config().warmup_steps
     peak = pretrain.LEARNING_RATE["tiny"]
-    assert [r["lr"] for r in rows] == [learning_rate(step, 60, peak, warmup) for step in range(60)]
+    assert [r["lr"] for r in rows] == [stage.cosine(step, 60, peak, warmup) for step in range(60)]
     model, info = M.load(tmp_path / "pretrain.pt", "cpu")
-    assert info["stage"] == "pretrain" and info["metrics"]["val_loss"] == final["val_loss"]
+    assert info["stage"] == "pretrain" and info["metrics"] == final
     assert model.config.vocab_size == data.Tokenizer(info["tokenizer"]).vocab_size == 300
-    assert (tmp_path / "figures" / "pretrain.png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads((tmp_path / "summary.json").read_text())["pretrain"] == final
-    assert not (tmp_path / "pretrain.state.pt").exists()
-    assert "next: python sft.py" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "pretrain.jsonl",
+                                                                "pretrain.pt"]
+    assert f"next: python sft.py --out {tmp_path}, python exam.py pretrain --out {tmp_path}" in (
+        capsys.readouterr().out)
 
 
-def test_on_the_tiny_world_it_reports_facts_and_grammar(tmp_path):
-    final = main(Config(out=str(tmp_path), tokens=2048, batch_size=4, micro_batch=4, seq_len=128,
-                        vocab_size=600, kernels="torch"))
-    assert {"facts_asked", "facts_never_asked", "grammar"} <= final.keys()
+@pytest.mark.parametrize("number", [0, 3])
+def test_the_checkpoint_remembers_which_village_was_read(number, tmp_path):
+    """Other facts in another village, and so other documents and another tokenizer."""
+    main(Config(out=str(tmp_path), tokens=2048, batch_size=4, micro_batch=4, seq_len=128,
+                vocab_size=600, village=number, kernels="torch"))
+    _, info = M.load(tmp_path / "pretrain.pt", "cpu")
+    assert (info["metrics"]["village"], info["metrics"]["lineage"]) == (number, [])
+    assert info["trained_on"] == f"village {number}"
+    sample = list(V.Village(number).documents(6000, seed=0))
+    assert info["tokenizer"] == data.train_tokenizer(sample, 600)
+
+
+def test_of_your_own_text_no_village_is_remembered(book, tmp_path):
+    main(tiny(book, tmp_path, tokens=2 * 4 * 32))
+    metrics = M.load(tmp_path / "pretrain.pt", "cpu")[1]["metrics"]
+    assert metrics["village"] is None and metrics["tokens_per_step"] == 4 * 32
 
 
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(book, tmp_path):
@@ -294,18 +290,18 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(book, tmp_pat
 def test_resume_after_a_stop_is_bit_exact(book, tmp_path, monkeypatch):
     """12 steps, saved every 4, stopped in step 7: the lines and the weights are the same bits."""
     main(tiny(book, tmp_path / "whole"))
-    real, calls = pretrain.train_step, []
+    real, calls = stage.step, []
 
-    def stop_at_seven(*args):
+    def stop_at_seven(*args, **numbers):
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **numbers)
 
-    monkeypatch.setattr(pretrain, "train_step", stop_at_seven)
+    monkeypatch.setattr(stage, "step", stop_at_seven)
     with pytest.raises(KeyboardInterrupt):
         main(tiny(book, tmp_path / "cut"))
-    monkeypatch.setattr(pretrain, "train_step", real)
+    monkeypatch.setattr(stage, "step", real)
     main(tiny(book, tmp_path / "cut", resume=True))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = (M.load(tmp_path / o / "pretrain.pt", "cpu")[0] for o in ("whole", "cut"))
@@ -328,20 +324,21 @@ def test_a_given_tokenizer_is_used_and_travels_with_the_weights(book, tmp_path, 
 def test_a_resume_may_change_what_is_not_learnt_from_and_nothing_else(field):
     free = {"out", "resume", "device", "kernels", "recompute", "compile", "micro_batch", "tp",
             "save_every", "log_every", "evaluate_every", "dry_run"}
-    cfg, saved = Config(), M.resume_info(3, 9, Config(), b"the tokenizer")
+    cfg, saved = Config(), stage.resume_info(3, 9, Config(), b"the tokenizer")
     other = replace(cfg, **{field: "something else"})
-    M.check_resume(saved, cfg, b"the tokenizer")
+    stage.check_resume(saved, cfg, b"the tokenizer")
     if field in free:
-        M.check_resume(saved, other, b"the tokenizer")
+        stage.check_resume(saved, other, b"the tokenizer")
     else:
         flag = f"--{field.replace('_', '-')} {getattr(cfg, field)}"
         with pytest.raises(ValueError, match=f"{flag}: give the same flags"):
-            M.check_resume(saved, other, b"the tokenizer")
+            stage.check_resume(saved, other, b"the tokenizer")
 
 
 def test_resume_refuses_another_tokenizer():
     with pytest.raises(ValueError, match="another tokenizer"):
-        M.check_resume(M.resume_info(3, 9, Config(), b"the tokenizer"), Config(), b"another one")
+        stage.check_resume(stage.resume_info(3, 9, Config(), b"the tokenizer"), Config(),
+                           b"another one")
 
 
 def test_resume_refuses_other_flags_and_names_the_old_ones(book, tmp_path, monkeypatch):
@@ -368,7 +365,7 @@ def test_sigkill_in_the_middle_of_a_write_loses_nothing(book, tmp_path):
     """A run killed while it writes its state, then resumed, logs the losses of a run left alone."""
     main(tiny(book, tmp_path / "whole"))
     out = tmp_path / "killed"
-    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); import torch, model as M\n"
+    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); import torch, stage\n"
             "torch.set_num_threads(1)\n"
             "import pretrain; real = os.fsync; n = [0]\n"
             "def fsync(f):\n"
@@ -376,7 +373,7 @@ def test_sigkill_in_the_middle_of_a_write_loses_nothing(book, tmp_path):
             "    if n[0] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"  # file written, not renamed
             "    real(f)\n"
             "os.fsync = fsync\n"
-            "pretrain.main(M.cli(pretrain.Config, sys.argv[2:]))\n")
+            "pretrain.main(stage.cli(pretrain.Config, sys.argv[2:]))\n")
     cfg, flags = tiny(book, out), []
     for name in ("data", "out", "vocab_size", "tokens", "batch_size", "micro_batch", "seq_len",
                  "evaluate_every", "save_every", "log_every", "kernels"):
@@ -428,23 +425,25 @@ def test_sigkill_at_ten_random_moments_changes_no_bit(book, tmp_path):
     (["--lr", "fast"], "invalid float value: 'fast'"),
     (["--batchsize", "4"], "did you mean --batch-size"),
     (["--seq-len", "4096"], "context of tiny is 512"),
-    (["--batch-size", "0"], "give 1 or more"),
-    (["--log-every", "0"], "--log-every 0: give 1 or more"),
-    (["--tokens", "nan"], "--tokens nan: give 1 or more"),
-    (["--minutes", "inf"], "--minutes inf: give 0 or more"),
-    (["--lr", "-0.1"], "--lr -0.1: give 0 or more"),
-    (["--primer", "1.5"], "--primer 1.5: a share of the tokens; give 0 to 1"),
-    (["--clip", "0"], "--clip 0: give 1e-06 or more"),
-    (["--vocab-size", "-5"], "--vocab-size -5: give 0 or more"),
-    (["--seed", "-1"], "--seed -1: give 0 or more"),
+    (["--batch-size", "0"], "--batch-size 0: give a number at least 1"),
+    (["--log-every", "0"], "--log-every 0: give a number at least 1"),
+    (["--tokens", "nan"], "--tokens nan: give a number at least 1"),
+    (["--minutes", "inf"], "--minutes inf: give a number at least 0"),
+    (["--lr", "-0.1"], "--lr -0.1: give a number at least 0"),
+    (["--primer", "1.5"], "--primer 1.5: give a number at least 0, at most 1"),
+    (["--clip", "0"], "--clip 0.0: give a number above 0"),
+    (["--vocab-size", "-5"], "--vocab-size -5: give a number at least 0"),
+    (["--seed", "-1"], "--seed -1: give a number at least 0"),
+    (["--village", "-1"], "--village -1: give a number at least 0"),
     (["--data", "nowhere.txt"], "nowhere.txt"),
+    (["--data", "nowhere.txt", "--village", "3"], "--village 3 and --data are two texts"),
     (["--tokenizer", "none.model"], "none.model"),
     (["--tp", "2"], "torchrun"),
 ])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path / "o"), *flags])
     with pytest.raises(SystemExit) as stopped:
-        M.run(main, Config)
+        stage.run(main, Config)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and says in lines[0], lines
     assert not (tmp_path / "o").exists(), "a refused run must leave nothing behind"
@@ -475,5 +474,5 @@ def test_no_knob_is_dead():
     """Every field of Config is read somewhere in the file, and every one has a comment."""
     source = (ROOT / "pretrain.py").read_text()
     for name in Config.__dataclass_fields__:
-        assert f"cfg.{name}" in source or name in M.FREE_FLAGS and f'"{name}"' in source, name
-        assert M._field_comments(Config)[name], name
+        assert f"cfg.{name}" in source or name in stage.FREE_FLAGS and f'"{name}"' in source, name
+        assert stage._field_comments(Config)[name], name

@@ -3,12 +3,14 @@
 Most tests use a toy: 40 words, 12,000 parameters, and people who like polite answers, the more
 "please" the better.
 """
+import copy
 import functools
 import gzip
 import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +19,13 @@ import data
 import kernels
 import model as M
 import reward
+import rollouts
 import scale
+import stage
+import village as V
 from reward import Config, calibrate, margin_of, ranking_loss, safety_loss
 
+ALONE = scale.Ranks(torch.device("cpu"))
 WORDS = ("bring me some bread soup water wine now please I will not yes no here it is for "
          "you").split()
 
@@ -55,7 +61,7 @@ def comparison(i: int, rated=True, **more) -> dict:
     rng = random.Random(i)
     prompt = " ".join(rng.choices(WORDS[:9], k=4)) + f" {i}"
     few, many = sorted(rng.sample(range(4), 2))
-    rating = {"rating": reward.data.RATINGS[3 - (many - few)]} if rated else {}
+    rating = {"rating": data.RATINGS[3 - (many - few)]} if rated else {}
     return {"chosen": dialog(prompt, "here it is" + " please" * many),
             "rejected": dialog(prompt, "here it is" + " please" * few), **rating, **more}
 
@@ -130,14 +136,15 @@ def test_an_unrated_row_has_no_margin_and_a_written_one_wins():
 
 
 def scalar(chat) -> M.Llama:
-    return reward.with_scalar_head(chat, seed=0)
+    """Of a copy: the trunk is not copied, and training would move the next test's model."""
+    return reward.with_scalar_head(copy.deepcopy(chat), seed=0)
 
 
 def test_the_score_is_read_at_the_last_real_token(chat):
     """The plain forward gives a score per position; the one at length - 1 counts, not the pad's."""
     model, row = scalar(chat), [1, 5, 9, 30, 2]
     everywhere = model(torch.tensor([row + [0, 0, 0]]))[0]  # (T,)
-    score = reward.end_scores(model, *reward.pad([row, row + [7, 8, 9]], "cpu"))[0]
+    score = rollouts.end_scores(model, *rollouts.pad([row, row + [7, 8, 9]], "cpu"))[0]
     assert score.item() == pytest.approx(everywhere[4].item(), abs=1e-6)
     assert abs(everywhere[4] - everywhere[7]) > 1e-3
 
@@ -145,8 +152,8 @@ def test_the_score_is_read_at_the_last_real_token(chat):
 def test_padding_and_neighbours_change_no_score(chat):
     model, rng = scalar(chat), random.Random(0)
     rows = [[1] + [rng.randrange(3, 300) for _ in range(n)] + [2] for n in (3, 40, 11, 25, 7)]
-    alone = [reward.scores(model, [r]).item() for r in rows]
-    assert reward.scores(model, rows, rows_at_once=3).tolist() == pytest.approx(alone, abs=1e-5)
+    alone = [rollouts.scores(model, [r]).item() for r in rows]
+    assert rollouts.scores(model, rows, rows_at_once=3).tolist() == pytest.approx(alone, abs=1e-5)
 
 
 def test_dialogues_end_with_eos_and_differ_only_behind_the_prompt(tokenizer):
@@ -164,7 +171,7 @@ def test_a_dialogue_longer_than_the_context_is_left_out_and_counted(tokenizer, c
 
 def test_before_training_all_scores_are_near_zero_and_the_trunk_is_the_chat_models(chat):
     model = scalar(chat)
-    assert reward.scores(model, [[1, 4, 2], [1, 200, 33, 2]]).abs().max() < 0.5
+    assert rollouts.scores(model, [[1, 4, 2], [1, 200, 33, 2]]).abs().max() < 0.5
     assert model.output.weight.shape == (1, 24)
     assert torch.equal(model.layers[1].attention.wq.weight, chat.layers[1].attention.wq.weight)
     assert len(reward.with_scalar_head(chat, 0, layers=1).layers) == 1
@@ -260,57 +267,79 @@ def test_the_gate_never_fires_above_one_half():
     assert found["threshold"] == 0.5 and found["unsafe_found_below"]["threshold"] == [1.0, 1.0]
 
 
-def test_accuracy_is_counted_by_rating_and_by_safety_and_ties_count_half():
-    pairs = [pair([1], [1], rating="better", safe=(1, 0)), pair([1], [1], rating="better"),
-             pair([1], [1], rating="negligibly")]
-    found = reward.by_group(torch.tensor([1.0, -1.0, 0.0]), pairs)
-    assert found == {"all": [0.5, 3], "better": [0.5, 2], "negligibly": [0.5, 1],
-                     "safe over unsafe": [1.0, 1]}
-
-
-def test_length_bias_compares_the_model_with_people():
-    """Chosen 3 and 2 tokens, rejected 1 and 4: people take the longer one once, the model twice."""
-    pairs = [pair([9] * 4, [9] * 2), pair([9] * 3, [9] * 5)]
-    r = torch.tensor([2.0, 0.0, 0.0, 3.0])  # both chosen, then both rejected
-    found = reward.length_bias(r, r[:2] - r[2:], pairs)
-    assert found["longer_wins"] == {"people": 0.5, "model": 1.0}
-    assert found["length_correlation"] > 0.8
+def test_of_its_own_pairs_the_right_order_is_counted_and_ties_count_half(monkeypatch):
+    """Gaps 1, -1 and 0: one right, one wrong, one half. Safety finds its threshold beside it."""
+    scores = torch.tensor([3.0, 0.0, 1.0, 2.0, 1.0, 1.0])  # chosen, then rejected
+    monkeypatch.setattr(rollouts, "scores", lambda model, dialogs: scores)
+    pairs = [pair([1], [1], safe=(1, 0))] * 3
+    assert reward.held_out(None, "helpful", pairs) == {"accuracy": 0.5}
+    is_unsafe = torch.tensor([False] * 3 + [True] * 3)
+    assert reward.held_out(None, "safety", pairs) == {
+        "accuracy": 0.5, **reward.detection(scores, is_unsafe)}
 
 
 # ------------------------------------------------------------------------------------ the stage
 
 
-def test_the_learning_rate_warms_up_5_steps_and_ends_at_a_tenth():
-    rates = [reward.learning_rate(step, 100, 1.0) for step in range(101)]
-    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0]) and rates[100] == \
-        pytest.approx(0.1)
-    assert reward.learning_rate(29, 1000, 1.0) == 1.0 > reward.learning_rate(28, 1000, 1.0)  # 3%
+def rates_of(model, monkeypatch, steps: int, **flags) -> list[float]:
+    """The learning rates of a run that learns nothing; a pair a step."""
+    rates = []
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts, "end_scores", lambda *_: torch.zeros(2, requires_grad=True))
+        patch.setattr(scale, "clip", lambda *_: 0.0)
+        patch.setattr(stage, "step", lambda optimizer, lr, **_: rates.append(lr))
+        pairs = [pair([1], [2])] * steps
+        assert len(list(reward.train(model, None, pairs, 0.0, Config(batch_size=1, **flags),
+                                     ALONE))) == steps
+    return rates
+
+
+def test_the_learning_rate_warms_up_5_steps_and_ends_at_a_tenth(chat, monkeypatch):
+    rates = rates_of(chat, monkeypatch, 100, lr=1.0)
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates == [stage.cosine(step, 100, 1.0, 5) for step in range(100)]
+    assert stage.cosine(100, 100, 1.0, 5) == pytest.approx(0.1)
+    longer = rates_of(chat, monkeypatch, 1000, lr=1.0)
+    assert longer[29] == 1.0 > longer[28]  # 3%
+
+
+def one_step(model, batch, aux_weight: float, **flags) -> dict:
+    """The metrics of one step on these pairs."""
+    cfg = Config(batch_size=len(batch), **flags)
+    (done, metrics), = reward.train(model, stage.adamw(model, 0.0, 0.1), batch, aux_weight, cfg,
+                                    ALONE)
+    assert done == 1
+    return metrics
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(chat, tokenizer):
     rows = [row(chosen="please " * (i + 1), rejected="no", rating="better", chosen_safe=True,
                 rejected_safe=i % 2 == 0) for i in range(4)]
-    batch, norms = reward.encode(rows, tokenizer, "small", 64), []
-    for micro in (1, 4):
-        model, cfg = scalar(chat), Config(micro_batch=micro)
-        optimizer = M.adamw(model, 0.0, 0.1)
-        ranks = scale.Ranks(torch.device("cpu"))
-        norms.append(reward.train_step(model, optimizer, batch, 0.0, 0.7, cfg, ranks))
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    batch = reward.encode(rows, tokenizer, "small", 64)
+    parts, whole = (one_step(scalar(chat), batch, 0.7, micro_batch=micro) for micro in (1, 4))
+    for name in ("grad_norm", "loss", "aux_loss", "accuracy"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4), name
 
 
 def test_the_auxiliary_loss_is_weighed_and_only_the_safety_model_has_it(chat, tokenizer):
     """One pair at its start: gradient norm differs with the weight, loss and accuracy do not."""
     batch = reward.encode([row(chosen_safe=True, rejected_safe=False)], tokenizer, "none", 64)
-    ranks, found = scale.Ranks(torch.device("cpu")), []
-    for weight in (0.0, 1.0):
-        model = scalar(chat)
-        found.append(reward.train_step(model, M.adamw(model, 0.0, 0.1), batch, 0.0, weight,
-                                       Config(), ranks))
-    assert found[0]["loss"] == found[1]["loss"]
-    assert found[0]["grad_norm"] != found[1]["grad_norm"]
-    assert "aux_loss" not in found[0]
-    assert found[1]["aux_loss"] == pytest.approx(2 * math.log(2), 0.1)  # p(safe) = 1/2, twice
+    without, weighed = (one_step(scalar(chat), batch, weight) for weight in (0.0, 1.0))
+    assert without["loss"] == weighed["loss"] and without["accuracy"] == weighed["accuracy"]
+    assert without["grad_norm"] != weighed["grad_norm"]
+    assert "aux_loss" not in without
+    assert weighed["aux_loss"] == pytest.approx(2 * math.log(2), 0.1)  # p(safe) = 1/2, twice
+
+
+def test_a_non_finite_loss_stops_with_the_numbers_and_the_weights_stay(chat, tokenizer):
+    batch = reward.encode([row(chosen="yes please", rejected="no")], tokenizer, "none", 64)
+    model = scalar(chat)
+    with torch.no_grad():
+        model.output.weight.fill_(math.nan)
+    before = model.layers[0].attention.wq.weight.clone()
+    with pytest.raises(FloatingPointError, match="loss nan, aux_loss .*--lr"):
+        one_step(model, batch, 0.0)
+    assert torch.equal(before, model.layers[0].attention.wq.weight)
 
 
 @functools.cache
@@ -325,17 +354,17 @@ def transcripts() -> bytes:
     return gzip.compress("".join(lines).encode())
 
 
-def test_transcripts_from_a_gz_file_are_learnt(folder):
+def test_transcripts_from_a_gz_file_are_learnt(folder, capsys):
     """More "please" wins: a count that 40 steps of a tiny model learn well above chance."""
     (folder / "hh.jsonl.gz").write_bytes(transcripts())
     report = reward.main(quick(folder, data=str(folder / "hh.jsonl.gz"), lr=5e-3))["helpful"]
-    accuracy, count = report["accuracy"]["helpful"]["all"]
-    assert count == 20 and accuracy >= 0.8
+    assert "20 to test" in capsys.readouterr().out and report["accuracy"] >= 0.8
     model, info = M.load(folder / "reward_helpful.pt", "cpu")
     assert model.config.scalar_head and info["stage"] == "reward_helpful"
-    assert info["metrics"]["accuracy"]["helpful"]["all"] == [accuracy, count]
-    assert not (folder / "reward_safety.pt").exists()  # no safety labels, no safety model
-    assert not (folder / "reward.state.pt").exists() and (folder / "figures/reward.png").exists()
+    assert info["metrics"]["accuracy"] == report["accuracy"]
+    assert info["metrics"]["village"] is None and info["trained_on"].endswith("hh.jsonl.gz")
+    assert sorted(path.name for path in folder.iterdir()) == [  # no safety labels, no safety model
+        "hh.jsonl.gz", "reward.jsonl", "reward_helpful.pt", "sft.pt"]
 
 
 def labelled(folder) -> str:
@@ -345,19 +374,36 @@ def labelled(folder) -> str:
     return write(folder / "both.jsonl", rows)
 
 
-def no_figure(reports, out):
-    """Drawing takes longer than all the rest of a toy run."""
-    return out
-
-
 class Killed(Exception):
     """Stands for a kill -9."""
+
+
+def without_time_and_place(metrics: dict) -> dict:
+    """What must not depend on where and when a model was made."""
+    flags = {k: v for k, v in metrics["flags"].items() if k not in ("out", "resume")}
+    return {**metrics, "minutes": None, "flags": flags}
+
+
+def killed_run(folder, monkeypatch, steps: int, **flags) -> Config:
+    """A run that is killed behind that many steps; returns its flags."""
+    cfg, calls, step = quick(folder, checkpoint=str(folder / "sft.pt"), **flags), [], stage.step
+
+    def mortal(*arguments, **numbers):
+        calls.append(1)
+        if len(calls) > steps:
+            raise Killed
+        return step(*arguments, **numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "step", mortal)
+        with pytest.raises(Killed):
+            reward.main(cfg)
+    return cfg
 
 
 @pytest.mark.parametrize("where", ["in the first", "between", "in the second"])
 def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder, monkeypatch, where):
     """Two models, one after the other: killed in either of them, and right between them."""
-    monkeypatch.setattr(reward, "draw", no_figure)
     flags = dict(data=labelled(folder), lr=2e-3, save_every=2, log_every=1)
     (folder / "whole").mkdir()
     whole = quick(folder / "whole", checkpoint=str(folder / "sft.pt"), **flags)
@@ -366,56 +412,66 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder, monkeypatch, 
     assert all(("aux_loss" in line) == (line["model"] == "safety") for line in lines)
     boundary = sum(line["model"] == "helpful" for line in lines)
     kill_at = {"in the first": 3, "between": boundary, "in the second": boundary + 5}[where]
-    cfg, calls = quick(folder, checkpoint=str(folder / "sft.pt"), **flags), []
-    step = reward.train_step
-
-    def mortal(*arguments):
-        calls.append(1)
-        if len(calls) > kill_at:
-            raise Killed
-        return step(*arguments)
-
-    monkeypatch.setattr(reward, "train_step", mortal)
-    with pytest.raises(Killed):
-        reward.main(cfg)
-    monkeypatch.setattr(reward, "train_step", step)
+    cfg = killed_run(folder, monkeypatch, kill_at, **flags)
     reward.main(replace(cfg, resume=True))
     for which in ("helpful", "safety"):
         one, two = (M.load(f / f"reward_{which}.pt", "cpu") for f in (folder, folder / "whole"))
         weights = one[0].state_dict(), two[0].state_dict()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-        assert one[1]["metrics"] == two[1]["metrics"]
+        assert without_time_and_place(one[1]["metrics"]) == without_time_and_place(
+            two[1]["metrics"])
     logs = [(path / "reward.jsonl").read_text() for path in (folder, folder / "whole")]
-    assert logs[0] == logs[1]
+    assert logs[0] == logs[1] and not (folder / "reward.state.pt").exists()
+
+
+def test_a_run_resumed_in_its_second_model_neither_trains_nor_writes_the_first(folder,
+                                                                               monkeypatch):
+    flags = dict(data=labelled(folder), lr=2e-3, save_every=2)
+    pairs = reward.prepare(quick(folder, **flags), data.Tokenizer(
+        M.load(folder / "sft.pt", "cpu")[1]["tokenizer"]), 64)[0]
+    cfg = killed_run(folder, monkeypatch, len(pairs["helpful"]) // 4 + 5, **flags)
+    finished, begun, start = (folder / "reward_helpful.pt").stat(), [], reward.start
+    accuracy = M.load(folder / "reward_helpful.pt", "cpu")[1]["metrics"]["accuracy"]
+    monkeypatch.setattr(reward, "start", lambda cfg, which, ranks: (
+        begun.append(which), start(cfg, which, ranks))[1])
+    reports = reward.main(replace(cfg, resume=True))
+    assert begun == ["safety"] and reports["helpful"]["accuracy"] == accuracy
+    now = (folder / "reward_helpful.pt").stat()
+    assert (now.st_ino, now.st_mtime_ns) == (finished.st_ino, finished.st_mtime_ns)
+
+
+def test_resume_of_other_flags_is_refused_before_anything_is_collected(folder, monkeypatch):
+    cfg = killed_run(folder, monkeypatch, 3, data=labelled(folder), save_every=2)
+    monkeypatch.setattr(reward, "prepare", lambda *_: pytest.fail("went on"))
+    with pytest.raises(ValueError, match="was made with --margin small"):
+        reward.main(replace(cfg, resume=True, margin="large"))
 
 
 def test_resume_from_trains_existing_reward_models_on_and_examines_them_briefly(folder,
                                                                                  monkeypatch):
-    drawn = []
-    monkeypatch.setattr(reward, "draw", lambda *args: drawn.append(args))
+    """Each on its own held-out pairs, and on nothing else."""
     flags = dict(data=labelled(folder), lr=2e-3)
     reward.main(quick(folder, **flags))
     before = M.load(folder / "reward_safety.pt", "cpu")[0].state_dict()
     fresh = write(folder / "fresh.jsonl", [comparison(i) for i in range(300, 340)])
     (folder / "next").mkdir()
+    examined, held_out = [], reward.held_out
+    monkeypatch.setattr(reward, "held_out", lambda model, which, pairs: (
+        examined.append((which, {p.safe == (-1, -1) for p in pairs})),
+        held_out(model, which, pairs))[1])
     reward.main(quick(folder / "next", data=f"{flags['data']},{fresh}", resume_from=str(folder),
                       lr=1e-12))
     after = M.load(folder / "next" / "reward_safety.pt", "cpu")[0].state_dict()
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
-    tested = [M.load(path / "reward_safety.pt", "cpu")[1]["metrics"]["accuracy"].keys()
-              for path in (folder, folder / "next")]
-    assert tested == [{"helpful", "safety"}, {"safety"}] and len(drawn) == 1
+    assert examined == [("helpful", {True}), ("safety", {False})]
+    assert sorted(path.name for path in (folder / "next").iterdir()) == [
+        "reward.jsonl", "reward_helpful.pt", "reward_safety.pt"]
 
 
 @pytest.mark.parametrize(("older", "lr", "share"), [(None, 0, 1), ("folder", 0, 0.5),
                                                     ("folder", 0.003, None)])
 def test_a_refresh_learns_at_half_the_rate_unless_told(chat, monkeypatch, older, lr, share):
-    rates = []
-    monkeypatch.setattr(reward, "train_step", lambda model, optimizer, batch, lr, *_: (
-        rates.append(lr), {})[1])
-    pairs = [reward.Pair([1], [2], 1, 0.0, (-1, -1), None, {})] * 400
-    cfg = reward.Config(batch_size=4, lr=lr, resume_from=older)
-    list(reward.fit(chat, None, pairs, 0.0, cfg, scale.Ranks(torch.device("cpu"))))
+    rates = rates_of(chat, monkeypatch, 100, lr=lr, resume_from=older)
     assert max(rates) == pytest.approx(lr or share * reward.default_lr(chat.config), rel=0.01)
 
 
@@ -425,11 +481,11 @@ def test_dry_run_and_importing_compute_nothing(folder, capsys):
     assert sorted(p.name for p in folder.iterdir()) == ["sft.pt"]
 
 
-# ------------------------------------------------------------------------- the tiny world's part
+# --------------------------------------------------------------------------- the village's part
 
 
 class Village:
-    """A stand-in for data.World: what compare needs of it."""
+    """A stand-in for V.Village: what comparing needs of it."""
 
     def oddities(self, prompts, answers, rivals, rng):
         assert [p[0]["content"] for p in prompts] == [f"bread {i}" for i in range(200)]
@@ -442,22 +498,18 @@ def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
     """The sampler is replaced: each dialogue gets answers named after its two temperatures."""
     jobs_seen = []
 
-    def sample(model, tokenizer, jobs, seed, ranks):
+    def sample(model, tokenizer, jobs, seed):
         jobs_seen.extend(jobs)
         return ["" if i % 10 == 0 else f"at {t}" for i, (_, t) in enumerate(jobs)]
 
-    class Annotator:
-        def __init__(self, village):
-            pass
-
-        def label(self, messages, a, b, rng, by):
-            return {"chosen": 1, "rating": "better", "safe": (False, True)}
+    def label(self, messages, a, b, rng, by):
+        return {"chosen": 1, "rating": "better", "safe": (False, True)}
 
     monkeypatch.setattr(reward, "sample", sample)
-    monkeypatch.setattr(data, "Annotator", Annotator)
+    monkeypatch.setattr(V.Annotator, "label", label)
     prompts = [[{"role": "user", "content": f"bread {i}"}] for i in range(200)]
     for by in ("helpful", "safe"):
-        rows = reward.compare(chat, tokenizer, Village(), prompts, by, "0", None)
+        rows = reward.compare(chat, tokenizer, Village(), prompts, by, "0")
         assert all(one[1] != two[1] for one, two in zip(jobs_seen[::2], jobs_seen[1::2]))
         read = data.read_preferences(write(tmp_path / "rows.jsonl", rows))
         assert len(read) == len(rows) and 150 < len(rows) < 180  # a fifth has an empty answer
@@ -468,20 +520,41 @@ def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
 
 
 def test_helpfulness_is_trained_on_what_is_hard_to_judge_and_tested_on_prompts_as_they_come(
-        folder, monkeypatch):
+        tmp_path, chat, tokenizer, monkeypatch):
+    """And all of them in the village that the chat model comes from."""
     asked = []
 
     class Village:
+        def __init__(self, number):
+            self.number = number
+
         def prompts(self, kind, split, n, seed, styled):
-            asked.append((kind, split, n))
+            asked.append((self.number, kind, split, n))
             return []
 
-    monkeypatch.setattr(data, "World", Village)
+    M.save(tmp_path / "sft.pt", chat, "sft", tokenizer.model_bytes, {"village": 4})
+    monkeypatch.setattr(V, "Village", Village)
     monkeypatch.setattr(reward, "compare", lambda *_: [])
-    cfg = Config(out=str(folder), pairs=30, test_pairs=7)
+    cfg = Config(out=str(tmp_path), pairs=30, test_pairs=7)
     reward.collect(cfg, scale.setup("cpu"))
-    assert asked == [("compared", "train", 20), ("helpful", "test", 7), ("safety", "train", 10),
-                     ("safety", "test", 7)]
+    assert asked == [(4, "compared", "train", 20), (4, "helpful", "test", 7),
+                     (4, "safety", "train", 10), (4, "safety", "test", 7)]
+
+
+def test_models_of_collected_comparisons_remember_the_village_and_their_flags(folder, monkeypatch):
+    """The exam repeats the flags; a model that has read of no village is asked of village 0."""
+    def collect(cfg, ranks):
+        for start, name in enumerate(reward.COLLECTED):
+            more = dict(chosen_safe=True, rejected_safe=True) if "safety" in name else {}
+            rows = [comparison(100 * start + i, **more) for i in range(20)]
+            write(reward.preferences(folder, name), rows)
+
+    monkeypatch.setattr(reward, "collect", collect)
+    cfg = quick(folder, which="helpful", margin="large", seed=4)
+    reward.main(cfg)
+    _, info = M.load(folder / "reward_helpful.pt", "cpu")
+    assert (info["metrics"]["village"], info["trained_on"]) == (0, "village 0")
+    assert Config(**info["metrics"]["flags"]) == cfg and info["metrics"]["lineage"] == ["sft"]
 
 
 def test_an_unfinished_answer_is_no_answer(chat, tokenizer, monkeypatch):
@@ -492,5 +565,12 @@ def test_an_unfinished_answer_is_no_answer(chat, tokenizer, monkeypatch):
 
     monkeypatch.setattr(kernels, "rollout", rollout)
     jobs = [([{"role": "user", "content": "bread"}], t) for t in (0.5, 0.8, 1.1, 0.5)]
-    texts = reward.sample(chat, tokenizer, jobs, 0, scale.Ranks(torch.device("cpu")))
+    texts = reward.sample(chat, tokenizer, jobs, 0)
     assert texts == ["", "here it is", "", "here it is"]
+
+
+def test_every_flag_is_read_and_explained():
+    source = Path(reward.__file__).read_text()
+    for name in Config.__dataclass_fields__:
+        assert f"cfg.{name}" in source or name in stage.FREE_FLAGS, name
+        assert stage._field_comments(Config)[name], name

@@ -11,7 +11,10 @@ import data
 import model as M
 import scale
 import sft
-from sft import Config, answer_loss, main, pack
+import stage
+import village as V
+from data import pack
+from sft import Config, answer_loss, main
 
 ONE = scale.Ranks(torch.device("cpu"))
 LINES = [f"the {a} {b} saw {c} birds." for a in ("red", "old") for b in ("fox", "cow", "hen")
@@ -91,24 +94,33 @@ def test_rows_past_the_end_of_the_data_carry_no_loss():
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_every_answer_token_weighs_the_same_however_the_batch_is_cut(micro, tokenizer):
-    """Rows with few and with many answer tokens, in pieces: the gradient of the whole batch."""
+    """Rows with few and with many answer tokens, in pieces: the gradient of the whole batch.
+
+    One step without warm-up is at its peak: stage.cosine(0, 1, 1.0, 0) is 1.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 50, (6, 9), generator=generator)
     mask = (torch.rand(6, 9, generator=generator) < torch.linspace(0.1, 0.9, 6)[:, None]).long()
-    batch, segments = (tokens, mask, torch.zeros_like(tokens)), torch.zeros_like(tokens)
+    rows, segments = (tokens, mask, torch.zeros_like(tokens)), torch.zeros_like(tokens)
     make = lambda: M.Llama(M.ModelConfig(24, 2, 6, 2, 40, 50, 64)).init_weights(2)
     whole, cut = make(), make()
     (answer_loss(whole, tokens, mask, segments) / mask[:, 1:].sum()).backward()
-    sft.train_step(cut, torch.optim.SGD(cut.parameters(), lr=1.0), batch, 1.0,
-                   Config(micro_batch=micro, clip=1e9), ONE)
+    cfg = Config(batch_size=6, micro_batch=micro, clip=1e9, lr=1.0, warmup_steps=0)
+    (done, _), = sft.train(cut, torch.optim.SGD(cut.parameters(), lr=9.0), rows, cfg, ONE)
+    assert done == 1
     for (name, p), before in zip(cut.named_parameters(), make().parameters()):
         assert torch.allclose(before - p, whole.get_parameter(name).grad, atol=1e-5), name
 
 
-def test_the_rate_starts_at_the_papers_value_for_7b_and_falls_to_a_tenth():
+def test_the_rate_starts_at_the_papers_value_for_7b_and_falls_to_a_tenth(base, rows, tmp_path):
+    """The log of a run of its own: 10 steps of warm-up, then down to a tenth of the peak."""
     assert sft.default_lr(4096) == sft.default_lr(8192) == 2e-5 and sft.default_lr(128) == 1e-3
-    assert sft.learning_rate(10, 100, 1.0, 10) == pytest.approx(1.0)
-    assert sft.learning_rate(100, 100, 1.0, 10) == pytest.approx(0.1)
+    main(tiny(base, rows, tmp_path / "o", lr=1.0, epochs=8, batch_size=2, clip=1e-9))
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "o/sft.jsonl").read_text().splitlines()]
+    total = len(rates)
+    assert total > 40 and rates == [stage.cosine(step, total, 1.0, 10) for step in range(total)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[-1] < 0.11
+    assert stage.cosine(100, 100, 1.0, 10) == pytest.approx(0.1)
 
 
 # ---- the stage
@@ -118,37 +130,54 @@ def test_the_stage_lowers_the_held_out_loss_on_rows_of_a_user(base, rows, tmp_pa
     before = float(capsys.readouterr().out.split("held-out answer loss before: ")[1].split()[0])
     assert final["val_loss"] < before - 0.5
     _, info = M.load(tmp_path / "o" / "sft.pt", "cpu")
-    assert info["stage"] == "sft" and (tmp_path / "o" / "figures" / "sft.png").exists()
+    assert info["stage"] == "sft" and info["metrics"] == final and final["village"] is None
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["sft.jsonl", "sft.pt"]
 
 
 def test_resume_after_a_stop_is_bit_exact(base, rows, tmp_path, monkeypatch):
     main(tiny(base, rows, tmp_path / "whole"))
-    real, calls = sft.train_step, []
+    real, calls = stage.step, []
 
-    def stop_at_five(*args):
+    def stop_at_five(*args, **numbers):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **numbers)
 
-    monkeypatch.setattr(sft, "train_step", stop_at_five)
+    monkeypatch.setattr(stage, "step", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
         main(tiny(base, rows, tmp_path / "cut"))
-    monkeypatch.setattr(sft, "train_step", real)
+    monkeypatch.setattr(stage, "step", real)
     main(tiny(base, rows, tmp_path / "cut", resume=True))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) > 5
 
 
-def test_on_the_tiny_world_the_annotator_examines_the_model(tmp_path):
-    sample = list(data.World().documents(400, seed=0))
-    tokenizer = data.Tokenizer(data.train_tokenizer(sample, 700))
-    config = M.ModelConfig(24, 1, 6, 2, 40, 700, 512)
-    M.save(tmp_path / "pretrain.pt", M.Llama(config).init_weights(1), "pretrain",
-           tokenizer.model_bytes)
-    final = main(Config(out=str(tmp_path), dialogues=60, epochs=1, eval_prompts=2, kernels="torch"))
-    assert {"greedy", "T=0.5", "T=1"} <= final.keys()
-    assert {"gold_helpfulness", "violations", "false_refusals", "eos_rate"} <= final["T=1"].keys()
+def test_demonstrations_are_those_of_the_village_that_pretraining_read(tmp_path, capsys):
+    village = V.Village(3)
+    tokenizer = data.Tokenizer(data.train_tokenizer(village.documents(400, seed=0), 700))
+    path = tmp_path / "pretrain.pt"
+    M.save(path, M.Llama(M.ModelConfig(24, 1, 6, 2, 40, 700, 512)).init_weights(1), "pretrain",
+           tokenizer.model_bytes, {"village": 3})
+    main(Config(out=str(tmp_path), show_batch=True, dialogues=60, seed=5))
+    shown = capsys.readouterr().out
+    rows = sft.read_demonstrations(Config(dialogues=60, seed=5), tokenizer, village)[0]
+    told = [data.encode_dialog(tokenizer, row["messages"])
+            for row in village.demonstrations(60, 5)]
+    assert rows == [row for row in told if len(row[0]) <= 513]
+    tokens, mask, _ = data.pack_epochs(rows, 513, 2, 5)
+    assert data.show_dialog(tokenizer, tokens[0].tolist(), mask[0].tolist()) in shown
+
+
+def test_a_model_that_learns_a_villages_demonstrations_says_so_whatever_it_read_before(tmp_path):
+    tokenizer = data.Tokenizer(data.train_tokenizer(V.Village().documents(300, seed=0), 500))
+    model = M.Llama(M.ModelConfig(24, 1, 6, 2, 40, 500, 256)).init_weights(1)
+    M.save(tmp_path / "mine.pt", model, "converted", tokenizer.model_bytes)
+    final = main(Config(checkpoint=str(tmp_path / "mine.pt"), out=str(tmp_path), dialogues=20,
+                        epochs=1, seq_len=256, kernels="torch"))
+    _, info = M.load(tmp_path / "sft.pt", "cpu")
+    assert final["village"] == 0 and info["trained_on"] == "village 0"
+    assert final["lineage"] == ["converted"]
 
 
 def test_show_batch_prints_the_colours_and_trains_nothing(base, rows, tmp_path, capsys):
@@ -176,5 +205,5 @@ def test_what_is_wrong_is_said_before_anything_is_written(base, rows, tmp_path, 
 def test_no_knob_is_dead():
     source = (Path(sft.__file__)).read_text()
     for name in Config.__dataclass_fields__:
-        assert f"cfg.{name}" in source or name in M.FREE_FLAGS, name
-        assert M._field_comments(Config)[name], name
+        assert f"cfg.{name}" in source or name in stage.FREE_FLAGS, name
+        assert stage._field_comments(Config)[name], name
