@@ -113,6 +113,7 @@ def last_answer_only(tokenizer, messages: list[dict]) -> tuple[list[int], list[i
 
 def answer_loss(model, tokens, loss_mask, segments):
     """Summed -log p of the tokens where loss_mask is 1: int64 (B, T+1) each -> scalar, nats."""
+    # as in SFT: the network without its head, then log p of the next tokens where the mask is 1
     hidden = kernels.trunk(model, tokens[:, :-1], segments=segments[:, :-1])  # (B, T, D)
     logp = kernels.token_logprobs(hidden, model.output.weight, tokens[:, 1:], loss_mask[:, 1:])
     return -logp.sum()

@@ -163,7 +163,8 @@ def value_loss(values, old_values, returns, mask):
 def values_of(critic, tokens, lengths):
     """What the critic expects from each state on: float32 (B, T-1), from tokens <= t at t."""
     with M.autocast(tokens.device):
-        hidden = kernels.trunk(critic, tokens[:, :-1], lengths=lengths - 1)
+        # critic.hidden(tokens[:, :-1]), in C where it can run
+        hidden = kernels.trunk(critic, tokens[:, :-1], lengths=lengths - 1)  # (B, T-1, D)
         return critic.output(hidden).squeeze(-1).float()
 
 
@@ -384,7 +385,8 @@ def is_too_far(metrics: dict, cfg: Config) -> bool:
 
 
 def open_critic(start, rewards: Path | None, ranks, recompute: bool) -> M.Llama:
-    """The helpfulness model, its head x 0.3: whitened rewards are smaller than its raw scores.
+    """The helpfulness model, its head x 0.3: whitened rewards have deviation 1, its raw scores
+    about 3, and a critic that begins there has less to unlearn.
 
     UNSPECIFIED in L2. Without reward models (a user's own reward): the policy's trunk, and a head
     that says 0.

@@ -82,7 +82,8 @@ LEARNING_RATE = {"tiny": 4e-3, "15m": 1e-3, "110m": 6e-4, "1b": 4e-4}
 def next_token_loss(model, tokens):
     """Mean of -log p(token t+1 | tokens 1..t), in nats: tokens int64 (B, T+1) -> scalar."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # the network at t is asked for t + 1
-    hidden = kernels.trunk(model, inputs)  # (B, T, D)
+    hidden = kernels.trunk(model, inputs)  # (B, T, D): model.hidden(inputs), in C where it can run
+    # log_softmax(hidden @ output.weight.T) at the targets, without keeping (B, T, V) logits
     logp = kernels.token_logprobs(hidden, model.output.weight, targets, torch.ones_like(targets))
     return -logp.mean()
 
@@ -125,7 +126,8 @@ def prepare(cfg: Config, tokenizer: data.Tokenizer | None, vocab_size: int) -> C
     for part, shares in ((primer, V.PRIMER), (1 - primer, V.DOCUMENTS)):
         few = data.encode_texts(tokenizer, village.documents(400, cfg.seed, shares))
         n = part * cfg.tokens / (len(few) / 400)  # documents, by their mean length
-        texts = village.documents(int(1.02 * n) + 10, cfg.seed, shares)
+        enough = int(1.02 * n) + 10  # the mean of 400 may be 2% off: rather a few too many
+        texts = village.documents(enough, cfg.seed, shares)
         train.append(data.encode_texts(tokenizer, texts))
     return Corpus(tokenizer, np.concatenate(train), data.encode_texts(tokenizer, val),
                   sum(len(t.encode()) for t in val), f"village {cfg.village}", cfg.village)
@@ -160,6 +162,10 @@ def split_at_byte(texts: list[str], share: float) -> tuple[list[str], list[str]]
 
 def batch_at(step: int, stream, cfg: Config, ranks) -> torch.Tensor:
     """This rank's rows of the global batch of `step`: int64 (B, seq_len + 1).
+
+    One more than seq_len: the network reads all but the last token and is asked for all but the
+    first. Documents that share a row see each other here (in SFT dialogues do not): Llama's own
+    packing is UNSPECIFIED in L2.
 
     A pure function of (seed, step): nothing to save for a resume, and the global batch is the same
     on any number of ranks. An epoch visits every sequence once, in an order of its own; the
@@ -300,7 +306,8 @@ def introduce(cfg: Config, config: M.ModelConfig, corpus: Corpus, total: int, fi
     print(f"{total} steps of {per_step:,} tokens ({cfg.batch_size} rows x {cfg.seq_len}): "
           f"{total * per_step:,} tokens, {share:.2f} epochs")
     print(f"resuming at step {first}" if first else
-          f"untrained, the loss is ln {config.vocab_size} = {math.log(config.vocab_size):.2f}")
+          f"untrained, all {config.vocab_size} tokens are equally likely: the loss is ln "
+          f"{config.vocab_size} = {math.log(config.vocab_size):.2f}")
 
 
 def evaluate(model, corpus: Corpus, cfg: Config, device) -> dict[str, float]:

@@ -199,7 +199,9 @@ def combine(helpful, safety, is_safety, threshold: float) -> Tensor:
     """The raw score of R_c: float (B,) x 2, bool (B,) -> float (B,) [L2 §3.2.3].
 
     LOGIT undoes the sigmoid, so the raw linear scores are taken at once: logit(sigmoid(s)) would
-    overflow.
+    overflow. Scores of two models may stand in one batch because both are log-odds: the safety
+    model's of being safe, the helpfulness model's of being the better of two; whitened together,
+    they are compared all the same.
     """
     return torch.where(fires(safety, is_safety, threshold), safety, helpful)
 

@@ -82,7 +82,9 @@ def answer_loss(model, tokens, loss_mask, segments):
     A sum, not a mean: the caller divides by the answer tokens of the *whole* batch, so that
     pieces, ranks and rows with few answers all weigh each answer token alike.
     """
+    # the network without its head, in C where it can run: model.hidden(tokens, segments)
     hidden = kernels.trunk(model, tokens[:, :-1], segments=segments[:, :-1])  # (B, T, D)
+    # log_softmax(hidden @ output.weight.T) at the next tokens, where the mask is 1
     logp = kernels.token_logprobs(hidden, model.output.weight, tokens[:, 1:], loss_mask[:, 1:])
     return -logp.sum()
 
@@ -193,6 +195,7 @@ def main(cfg: Config) -> dict:
     tokenizer = data.Tokenizer(info["tokenizer"])
     village = V.Village(info["metrics"].get("village") or 0)
     dialogs, held_out = read_demonstrations(cfg, tokenizer, village)
+    # one more than seq_len: all but the last token are read, all but the first asked for
     rows = data.pack_epochs(dialogs, cfg.seq_len + 1, cfg.epochs, cfg.seed)
     val_rows = data.pack(held_out, cfg.seq_len + 1)
     if cfg.show_batch:
