@@ -173,7 +173,8 @@ class KVCache:
 
     Memory per token: 2 * L * KV * hd numbers; grouped-query attention exists to make this small
     [L2 §A.2.1]: 70b with 8 key/value heads keeps 1.25 GiB for 4096 tokens in half precision, with
-    one for each of its 64 query heads it would be 8 times that. A layer's tensors are allocated at its first use, from the shape it is given, so
+    one for each of its 64 query heads it would be 8 times that. A layer's tensors are allocated at
+    its first use, from the shape it is given, so
     that a model whose heads are split over devices needs no line here.
     """
 
@@ -413,8 +414,8 @@ def decode(model, prompts, max_new_tokens, temperature, top_p, seed, stop=None, 
 
     Prompts of different lengths stand left-aligned; each row continues at its own position, so no
     padding is ever looked at and rows do not influence each other. (The last bits of a logit may
-    differ between batch shapes, as products are summed in another order; the dice do not.) A row ends with `stop` (which
-    is yielded), at max_new_tokens or when the context is full. logprobs are those of the plain
+    differ between batch shapes, as products are summed in another order; the dice do not.) A row ends
+    with `stop` (which is yielded), at max_new_tokens or when the context is full. logprobs are those of the plain
     distribution at this temperature (1 if greedy), without top_p. Rows that ended leave the
     batch once more than a quarter of it is idle.
     """

@@ -86,8 +86,8 @@ PRECISION = 0.89  # of the gate of RLHF: "threshold 0.15 ... precision of 0.89" 
 def ranking_loss(chosen, rejected, margin):
     """-log sigmoid(r_c - r_r - m): raw scores and margins float (B,) -> (B,) nats [L2 Eq.2].
 
-    d loss / d r_c = -(1 - sigmoid(r_c - r_r - m)), and the opposite for r_r. So the margin makes the
-    task harder: the pull is 1/2 not at equal scores but at a gap of m.
+    d loss / d r_c = -(1 - sigmoid(r_c - r_r - m)), and the opposite for r_r. So the margin makes
+    the task harder: the pull is 1/2 not at equal scores but at a gap of m.
     Adding a number to all scores changes nothing, so this loss alone fixes no zero.
     """
     return -F.logsigmoid(chosen - rejected - margin)
