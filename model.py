@@ -414,10 +414,11 @@ def decode(model, prompts, max_new_tokens, temperature, top_p, seed, stop=None, 
 
     Prompts of different lengths stand left-aligned; each row continues at its own position, so no
     padding is ever looked at and rows do not influence each other. (The last bits of a logit may
-    differ between batch shapes, as products are summed in another order; the dice do not.) A row ends
-    with `stop` (which is yielded), at max_new_tokens or when the context is full. logprobs are those of the plain
-    distribution at this temperature (1 if greedy), without top_p. Rows that ended leave the
-    batch once more than a quarter of it is idle.
+    differ between batch shapes, as products are summed in another order; the dice do not.)
+
+    A row ends with `stop` (which is yielded), at max_new_tokens or when the context is full.
+    logprobs are those of the plain distribution at this temperature (1 if greedy), without top_p.
+    Rows that ended leave the batch once more than a quarter of it is idle.
     """
     check_prompts(prompts, model.config)
     if max_new_tokens < 0:

@@ -385,8 +385,8 @@ def is_too_far(metrics: dict, cfg: Config) -> bool:
 
 
 def open_critic(start, rewards: Path | None, ranks, recompute: bool) -> M.Llama:
-    """The helpfulness model, its head x 0.3: whitened rewards have deviation 1, its raw scores
-    about 3, and a critic that begins there has less to unlearn.
+    """The helpfulness model, its head x 0.3: whitened rewards have deviation 1, its raw scores 2.5
+    in one village, and a critic that begins nearer has less to unlearn.
 
     UNSPECIFIED in L2. Without reward models (a user's own reward): the policy's trunk, and a head
     that says 0.
