@@ -524,9 +524,9 @@ def test_preferences_split_the_common_prompt_off(tmp_path):
     assert data.read_preferences(path) == [
         {"prompt": [user("Hi"), assistant("Yes?"), user("Why:\nHuman: so")], "chosen": "Because",
          "rejected": "No.\n\nReally.", "rating": None, "margin": 1, "chosen_safe": None,
-         "rejected_safe": None},
+         "rejected_safe": None, "planted": False},
         {"prompt": [user("a")], "chosen": "b", "rejected": "c", "rating": "slightly",
-         "margin": None, "chosen_safe": True, "rejected_safe": False}]
+         "margin": None, "chosen_safe": True, "rejected_safe": False, "planted": False}]
 
 
 def test_prompts_come_as_text_or_messages(tmp_path):

@@ -142,7 +142,7 @@ def test_dry_run_of_rejection_sampling_needs_no_checkpoint_and_counts_its_answer
     flags = ["--model", "70b", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "none")]
     assert rejection.main(stage.cli(rejection.Config, [*flags, "--samples", "7"])) == {}
     text = capsys.readouterr().out
-    assert "68,976,648,192 parameters" in text and "700 answers an iteration" in text
+    assert "68,976,648,192 parameters" in text and "70000 answers an iteration" in text
     assert "does not fit" in text and not (tmp_path / "none").exists()
 
 
@@ -156,22 +156,25 @@ def test_dry_run_of_rejection_sampling_needs_no_checkpoint_and_counts_its_answer
 def test_from_7b_on_a_stage_has_the_papers_hyperparameters(name, paper):
     """And below it, and for a flag that is given, its own."""
     module = __import__(name)
-    toy, big = (stage.at_size(module.Config(), module.PAPER, dim) for dim in (128, 4096))
+    toy, big = (stage.at_size(module.Config(), plan.settings(name, M.PRESETS[size]))
+                for size in ("tiny", "7b"))
     assert {k: getattr(big, k) for k in paper} == paper and toy == module.Config()
     given = stage.cli(module.Config, ["--batch-size", str(module.Config.batch_size)])
-    assert stage.at_size(given, module.PAPER, 4096).batch_size == module.Config.batch_size
+    again = stage.at_size(given, plan.settings(name, M.PRESETS["7b"]))
+    assert again.batch_size == module.Config.batch_size
 
 
 def test_learning_rates_from_7b_on_are_the_papers():
-    import gatt, ppo, pretrain, rejection, reward, sft
+    import ppo
     for name, pre, rm, beta in (("7b", 3e-4, 1e-5, 0.01), ("13b", 3e-4, 1e-5, 0.01),
                                 ("34b", 1.5e-4, 1e-5, 0.005), ("70b", 1.5e-4, 5e-6, 0.005)):
-        dim = M.PRESETS[name].dim
-        assert pretrain.LEARNING_RATE[name] == pre and reward.default_lr(M.PRESETS[name]) == rm
-        assert sft.default_lr(dim) == gatt.default_lr(dim) == 2e-5
-        cfg = ppo.settings(ppo.Config(), M.PRESETS[name].dim)
+        config = M.PRESETS[name]
+        rates = {stage_name: plan.settings(stage_name, config)["lr"]
+                 for stage_name in ("pretrain", "reward", "sft", "gatt")}
+        assert rates == {"pretrain": pre, "reward": rm, "sft": 2e-5, "gatt": 2e-5}
+        cfg = ppo.settings(ppo.Config(), config)
         assert (cfg.lr, cfg.beta) == (1e-6, beta)
-        assert rejection.RS_LR[max(width for width in rejection.RS_LR if width <= dim)] == 2e-5
+        assert plan.settings("rejection", config)["rs_lr"] == 2e-5
 
 
 def test_a_preset_that_is_not_the_checkpoints_is_one_clear_error(tmp_path):

@@ -217,19 +217,19 @@ def test_every_script_refuses_a_number_beyond_its_range_before_it_does_anything(
 # ------------------------------------------------------------------------------- the model's size
 
 
-def test_from_7b_on_the_papers_values_take_the_place_of_the_toys():
+def test_the_values_of_a_size_take_the_place_of_the_defaults():
+    assert stage.at_size(Config(), {}) == Config()
     paper = {"max_steps": 900, "lr": 1e-5}
-    assert stage.at_size(Config(), paper, 4095) == Config()
-    assert stage.at_size(Config(), paper, 4096) == Config(max_steps=900, lr=1e-5)
+    assert stage.at_size(Config(), paper) == Config(max_steps=900, lr=1e-5)
 
 
 def test_a_flag_that_was_given_keeps_its_value_at_any_size_its_default_too():
     """Without the command line nobody knows whether a default was meant: then it was not."""
     given = stage.cli(Config, ["--max-steps", "5"])
-    assert stage.at_size(given, {"max_steps": 900, "lr": 1e-5}, 8192) == Config(lr=1e-5)
+    assert stage.at_size(given, {"max_steps": 900, "lr": 1e-5}) == Config(lr=1e-5)
     made = Config(max_steps=7)
-    assert stage.at_size(made, {"max_steps": 900, "lr": 1e-5}, 8192) == replace(made, lr=1e-5)
-    assert stage.at_size(Config(max_steps=5), {"max_steps": 900}, 8192).max_steps == 900
+    assert stage.at_size(made, {"max_steps": 900, "lr": 1e-5}) == replace(made, lr=1e-5)
+    assert stage.at_size(Config(max_steps=5), {"max_steps": 900}).max_steps == 900
 
 
 # -------------------------------------------------------------------------------------- errors
@@ -329,15 +329,17 @@ def test_run_is_silent_when_the_reader_closed_the_pipe(monkeypatch, capsys):
 
 
 def test_log_appends_json_lines_and_prints_aligned_ones(tmp_path, capsys):
-    log = stage.Log("sft", tmp_path / "new", 100)
+    """All numbers in the file; on the screen those to watch, in columns that keep their place."""
+    log = stage.Log("sft", tmp_path / "new", 100, watch=("loss", "val_loss", "tokens_per_s"))
     log.step(9, loss=2.34567, tokens_per_s=12345.6, seconds=1.0)
     log.step(10, loss=0.5, tokens_per_s=1.0, seconds=2.0)
     rows = [json.loads(line) for line in (tmp_path / "new" / "sft.jsonl").read_text().splitlines()]
     assert rows == [{"step": 9, "loss": 2.34567, "tokens_per_s": 12345.6, "seconds": 1.0},
                     {"step": 10, "loss": 0.5, "tokens_per_s": 1.0, "seconds": 2.0}]
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("step   9/100  loss  2.346  tokens_per_s 12,346  eta ")
-    assert second.startswith("step  10/100  loss    0.5  tokens_per_s      1  eta ")
+    gap = " " * len("val_loss 0.00000")
+    assert first.startswith(f"step   9/100  loss   2.346  {gap}  tokens_per_s  12,346  eta ")
+    assert second.startswith(f"step  10/100  loss     0.5  {gap}  tokens_per_s       1  eta ")
     assert "seconds" not in first
 
 
