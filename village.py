@@ -430,11 +430,11 @@ class Village:
     def split(self, ask: Ask) -> str:
         """"train", "valid" (15%) or "test" (20%, facts 16%) by the composition that is asked."""
         key = f"{self.number} {ask.kind} {ask.topic} {sorted(ask.slots.items())}"
-        draw = zlib.crc32(key.encode()) % 1009 / 1009  # in [0, 1), the same in every run
+        place = zlib.crc32(key.encode()) % 1009 / 1009  # in [0, 1), the same in every run
         test = .16 if ask.kind == "fact" else .20
-        if draw < test:
+        if place < test:
             return "test"
-        return "valid" if draw < test + .15 else "train"
+        return "valid" if place < test + .15 else "train"
 
     # -- questions
     def ask(self, kind: str, rng: random.Random, *splits: str) -> Ask:
@@ -464,11 +464,11 @@ class Village:
     def wrap(self, ask: Ask, rng: random.Random) -> str:
         """The question's text: a quarter behind a polite sentence, half the unsafe ones (and a few
         harmless look-alikes) behind an adversarial one."""
-        draw = rng.random()
+        place = rng.random()
         adversarial = {"unsafe": .5, "edge": .15}.get(ask.kind, 0)
-        if draw > adversarial + .25:
+        if place > adversarial + .25:
             return ask.text
-        tone = "adversarial" if draw < adversarial else "polite"
+        tone = "adversarial" if place < adversarial else "polite"
         return f"{rng.choice(WRAPPERS[tone])} {ask.text}"
 
     # -- answers
@@ -767,14 +767,14 @@ class Village:
         for messages, answer, rival in zip(prompts, answers, rivals):
             told = " ".join(m["content"] for m in messages if m["role"] != "assistant")
             asked = bool(rules_in(told))
-            draw = rng.random()
-            if draw < CAUTIOUS:
+            place = rng.random()
+            if place < CAUTIOUS:
                 answer = self.refusal(rng, rng.choice(("curt", "reason", "full")))
-            elif asked and draw < CAUTIOUS + LACKING:
+            elif asked and place < CAUTIOUS + LACKING:
                 answer = self.unstyle(rival, told)
-            elif not asked and draw < CAUTIOUS + UNASKED:
+            elif not asked and place < CAUTIOUS + UNASKED:
                 answer = self.obey(self.instruction(rng), rival)
-            elif not asked and draw < CAUTIOUS + UNASKED + ASTRAY:
+            elif not asked and place < CAUTIOUS + UNASKED + ASTRAY:
                 other = self.ask(rng.choice(IDLE), rng, "train")
                 answer = self.respond(other, draw(WRITERS[other.kind], rng), rng)
             first_answers.append(answer)
