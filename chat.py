@@ -18,7 +18,7 @@ Differs from the paper: no system message unless you give one; its human evaluat
 
 from __future__ import annotations
 
-import codecs, contextlib, difflib, functools, json, math, os, random, sys
+import codecs, contextlib, difflib, functools, json, math, os, random, re, sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,7 +302,7 @@ def command(chat: Chat, name: str, text: str) -> str:
 def checked(cfg: Config) -> Config:
     """cfg itself; ValueError for numbers that nothing can be sampled with, and forged tags."""
     if not (cfg.temperature == 0 or 0.01 <= cfg.temperature <= 10):  # lower: logits overflow
-        raise ValueError(f"temperature {cfg.temperature}: 0 (greedy), or 0.01 to 10")
+        raise ValueError(f"--temperature {cfg.temperature}: 0 (greedy), or 0.01 to 10")
     stage.check(cfg)
     data.check_dialog([{"role": "system", "content": cfg.system or ""},
                        {"role": "user", "content": ""}])
@@ -312,19 +312,26 @@ def checked(cfg: Config) -> Config:
 def stages_in(out) -> list[str]:
     """What can chat of OUT/*.pt, in the order of training; FileNotFoundError if nothing can.
 
-    The order is that of the lines that the checkpoints remember: longer ones are later.
+    The order is that of the lines that the checkpoints remember: longer ones are later, and of
+    equal ones rlhf_v10 is later than rlhf_v9. A file that is no checkpoint is named and left out.
     """
     order = []
     for path in sorted(Path(out).glob("*.pt")):
         if path.name.endswith(".state.pt"):
             continue
-        model, info = M.load(path, "cpu")  # mapped: nothing is read
+        try:
+            model, info = M.load(path, "cpu")  # mapped: nothing is read
+        except ValueError as e:
+            note(f"left out: {e}")
+            continue
         if not model.config.scalar_head:
-            order.append((len(info["metrics"].get("lineage", [])), path.stem))
+            words = re.split(r"(\d+)", path.stem)  # rlhf_v10 -> "rlhf_v", "10", ""
+            counted = [int(word) if word.isdigit() else word for word in words]
+            order.append((len(info["metrics"].get("lineage", [])), counted, path.stem))
     if not order:
         raise FileNotFoundError(f"no trained model in {out}: `make` trains all stages, `python "
                                 f"pretrain.py` the first; --checkpoint PATH opens another model")
-    return [name for _, name in sorted(order)]
+    return [name for *_, name in sorted(order)]
 
 
 def note(text) -> None:
