@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -426,7 +427,47 @@ def test_show_dialog_colours_exactly_the_trained_pieces(tok):
     assert len(shown) == len(tokens) and shown[0] == "\x1b[90m<s>\x1b[0m"
 
 
-# ---- 3. Readers ----------------------------------------------------------------------------------
+# ---- 3. Packing ----------------------------------------------------------------------------------
+
+DIALOGS = [([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1]), ([6, 7, 8, 9], [0, 0, 1, 1]),
+           ([1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 1])]
+
+
+def test_packing_keeps_every_dialogue_whole_in_order_and_numbers_them():
+    """Width 6: [3 + 2 | 4 | 6]; fills: token 0, mask 0, segment -1."""
+    tokens, mask, segments = data.pack(DIALOGS, 6)
+    assert tokens.tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 0, 0], [1, 2, 3, 4, 5, 6]]
+    assert mask.tolist() == [[0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]]
+    assert segments.tolist() == [[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, -1, -1], [0] * 6]
+    assert tokens.dtype == mask.dtype == segments.dtype == torch.int64
+
+
+def test_a_dialogue_longer_than_a_row_is_never_packed():
+    with pytest.raises(AssertionError, match="dialogue of 6 tokens in rows of 5"):
+        data.pack(DIALOGS, 5)
+
+
+def unpacked(columns) -> list[tuple[list[int], list[int]]]:
+    """The dialogues of packed rows, in order."""
+    found = []
+    for tokens, mask, segments in zip(*columns):
+        for number in range(segments.max() + 1):
+            here = segments == number
+            found.append((tokens[here].tolist(), mask[here].tolist()))
+    return found
+
+
+def test_every_epoch_packs_every_dialogue_once_in_an_order_of_its_own():
+    dialogs = [([i] * (1 + i % 5), [1] * (1 + i % 5)) for i in range(40)]
+    found = unpacked(data.pack_epochs(dialogs, 7, epochs=3, seed=5))
+    epochs = [found[start:start + 40] for start in (0, 40, 80)]
+    assert len(found) == 120 and all(sorted(epoch) == sorted(dialogs) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and dialogs not in epochs
+    again, other = (data.pack_epochs(dialogs, 7, 3, seed) for seed in (5, 6))
+    assert unpacked(again) == found and unpacked(other) != found
+
+
+# ---- 4. Readers ----------------------------------------------------------------------------------
 
 def write(path: Path, *rows) -> Path:
     """A .jsonl file; a str row is written as it is."""
