@@ -543,7 +543,7 @@ def refresh_rewards(number: int, newest, previous, folder: Path, at: Places) -> 
               f"older ones", flush=True)
         files = [home / "comparisons.jsonl", *([home / "again.jsonl"] if again else []),
                  *sorted(out.glob("preferences_*_test.jsonl"))]
-        command = [sys.executable, str(Path(__file__).with_name("reward.py")), "--data",
+        command = [sys.executable, str(Path(__file__).resolve().with_name("reward.py")), "--data",
                    ",".join(map(str, files)), "--resume-from", str(folder), "--out",
                    str(home), "--device", cfg.device, "--kernels", cfg.kernels]
         # the child is no rank of ours

@@ -255,7 +255,7 @@ def test_shared_embeddings_are_untied_by_copying(network, hf_folder, tmp_path):
     weights = convert.read_safetensors(hf_folder / "model.safetensors")
     del weights["lm_head.weight"]
     convert.write_safetensors(folder / "model.safetensors",
-                              {n: convert.lazy(t) for n, t in weights.items()}, torch.float32)
+                              {n: convert.lazy(t) for n, t in weights.items()})
     untied, _ = convert.load(folder)
     assert torch.equal(untied.output.weight, network.tok_embeddings.weight)
     with torch.no_grad():
@@ -266,8 +266,8 @@ def test_shared_embeddings_are_untied_by_copying(network, hf_folder, tmp_path):
 def test_safetensors_bytes_are_the_golden_ones(tmp_path):
     """Eight bytes of header length, the header padded to a multiple of 8, the rows in order."""
     a, b = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([3.0])
-    tensors = {"a": convert.lazy(a), "b": convert.lazy(b)}
-    convert.write_safetensors(tmp_path / "t", tensors, torch.bfloat16)
+    tensors = {"a": convert.lazy(a.bfloat16()), "b": convert.lazy(b.bfloat16())}
+    convert.write_safetensors(tmp_path / "t", tensors)
     header = (b'{"__metadata__":{"format":"pt"},'
               b'"a":{"dtype":"BF16","shape":[1,3],"data_offsets":[0,6]},'
               b'"b":{"dtype":"BF16","shape":[1],"data_offsets":[6,8]}}')
@@ -287,10 +287,9 @@ def test_safetensors_agree_with_the_library(tmp_path):
     got = convert.read_safetensors(tmp_path / "theirs")
     assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
     assert all(got[n].dtype == want[n].dtype for n in want)
-    tensors = {n: convert.lazy(t) for n, t in want.items()}
-    convert.write_safetensors(tmp_path / "ours", tensors, torch.float16)
+    convert.write_safetensors(tmp_path / "ours", {n: convert.lazy(t) for n, t in want.items()})
     got = library.load_file(tmp_path / "ours")
-    assert all(torch.equal(got[n], want[n].half()) for n in want)
+    assert all(torch.equal(got[n], want[n]) and got[n].dtype == want[n].dtype for n in want)
 
 
 def test_opening_maps_the_file_instead_of_reading_it(tokenizer, tmp_path):
@@ -684,7 +683,7 @@ def changed_hf(hf_folder, folder, change=lambda weights: weights, **config) -> P
     (folder / "tokenizer.model").write_bytes((hf_folder / "tokenizer.model").read_bytes())
     weights = change(convert.read_safetensors(hf_folder / "model.safetensors"))
     convert.write_safetensors(folder / "model.safetensors",
-                              {n: convert.lazy(t) for n, t in weights.items()}, torch.float32)
+                              {n: convert.lazy(t) for n, t in weights.items()})
     return folder
 
 
@@ -779,7 +778,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(to, own, tmp_path, monkeypat
 
 
 def test_a_folder_appears_only_when_it_is_complete(own, tmp_path, monkeypatch):
-    def killed(folder, weights, dtype):
+    def killed(folder, weights):
         assert (folder / "config.json").exists() and not (tmp_path / "new").exists()
         raise KeyboardInterrupt
 
