@@ -299,13 +299,13 @@ def open_model(path, tokenizer=None) -> Source:
         return open_gguf(path, tokenizer)
     if path.suffix == ".bin" and path.exists():
         return open_llama2c(path, tokenizer)
-    network, info = model.load(path, "cpu", hint=READABLE)
-    weights = {name: lazy(p.detach()) for name, p in network.state_dict().items()}
+    config, tensors, info = model.read_checkpoint(path, READABLE)
+    weights = {name: lazy(t) for name, t in tensors.items()}
     try:
         text = Tokenizer(tokenizer or info["tokenizer"])
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    return Source("our own file", network.config, weights, text, info).check(path)
+    return Source("our own file", config, weights, text, info).check(path)
 
 
 def find_tokenizer(folder: Path, given=None) -> Tokenizer:

@@ -630,12 +630,20 @@ def read_torch_file(path, hint=CONVERT):
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from e
 
 
-def load(path, device="auto", dtype: torch.dtype | None = None,
-         hint: str = CONVERT) -> tuple[Llama, dict]:
+def load(path, device="auto", dtype: torch.dtype | None = None) -> tuple[Llama, dict]:
     """Open a checkpoint of ours: (Llama, info); info: format, stage, config, tokenizer, metrics.
 
     The file is mapped, not read: weights that keep their dtype and stay on the CPU cost no memory
     until touched. Every key and shape is checked; ValueError says what is wrong with the file.
+    """
+    config, weights, info = read_checkpoint(path)
+    model = assemble(config, weights, path)
+    return model.to(device=pick_device(device), dtype=dtype), info
+
+
+def read_checkpoint(path, hint: str = CONVERT) -> tuple[ModelConfig, dict[str, Tensor], dict]:
+    """The parts of a checkpoint of ours: (configuration, mapped weights, info), as in `load`.
+
     hint: what to do with a file of another kind; {} stands for its path.
     """
     data = read_torch_file(path, hint)
@@ -660,10 +668,8 @@ def load(path, device="auto", dtype: torch.dtype | None = None,
     except (TypeError, ValueError) as e:
         raise ValueError(f"{path} has an unknown model configuration: {e}") from e
     check_tensors(data["weights"], path)
-    model = assemble(config, data["weights"], path)
-    model = model.to(device=pick_device(device), dtype=dtype)
     info = {k: v for k, v in data.items() if k != "weights"}
-    return model, {**info, "tokenizer": bytes(data["tokenizer"].numpy())}
+    return config, data["weights"], {**info, "tokenizer": bytes(data["tokenizer"].numpy())}
 
 
 def assemble(config: ModelConfig, weights: dict[str, Tensor], source) -> Llama:
