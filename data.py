@@ -80,7 +80,7 @@ class Tokenizer:
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.load_from_serialized_proto(self.model_bytes)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the library's message may quote any bytes
             raise ValueError(f"{name}: {len(self.model_bytes)} bytes that are no SentencePiece "
                              "model; expected a file like Llama's tokenizer.model") from None
         self._word = lru_cache(1 << 16)(self.sp.encode)
@@ -119,6 +119,7 @@ class Tokenizer:
             raise ValueError(f"made with model_type={kind}; bpe (Llama's) and unigram can be read")
         if self.user_defined:
             self.unlike_llama["user_defined_symbols"] = self.piece(min(self.user_defined))
+        self.sp.decode([self.unk_id])  # its text, too, may be no text: UnicodeDecodeError
         across = any(ACROSS.search(self.piece(id)) for id in range(self.vocab_size))
         self._whole = across or bool(self.unlike_llama)
 

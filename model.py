@@ -717,9 +717,23 @@ def load_state(path) -> dict | None:
     if not Path(path).exists():
         return None
     state = read_torch_file(path, hint="delete it to start afresh")
-    if not isinstance(state, dict) or state.get("format") not in (FORMAT,):
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is not int or version != FORMAT:
         raise ValueError(f"{path} is not a resume state of this version: delete it to start afresh")
+    check_tensors(tensors_in(state), path)
     return state
+
+
+def tensors_in(value, name: str = "") -> dict[str, Tensor]:
+    """All tensors of nested dictionaries and lists, each under the names that lead to it."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = {}
+    for key, part in items:
+        if isinstance(part, (Tensor, dict, list, tuple)):
+            found |= tensors_in(part, f"{name}.{key}")
+    return found
 
 
 # ----------------------------------------------------------------------------------- plumbing

@@ -21,8 +21,10 @@ The same with -fsanitize=thread, libtsan.so and -k "not compiler": it does not b
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
