@@ -119,6 +119,8 @@ class Tokenizer:
             raise ValueError(f"made with model_type={kind}; bpe (Llama's) and unigram can be read")
         if self.user_defined:
             self.unlike_llama["user_defined_symbols"] = self.piece(min(self.user_defined))
+        if not 0 <= self.unk_id < self.vocab_size:
+            raise ValueError("a tokenizer without an unknown piece")
         self.sp.decode([self.unk_id])  # its text, too, may be no text: UnicodeDecodeError
         across = any(ACROSS.search(self.piece(id)) for id in range(self.vocab_size))
         self._whole = across or bool(self.unlike_llama)

@@ -27,7 +27,8 @@ import scale
 INPUTS = 10_000  # per reader
 PEAK = 400  # MB that the address space may grow: no input is larger than 0.1 MB
 TEXTS = ["the old miller walks to the river and asks why 17 times\n    return x\n"] * 9
-NUMBERS = [0, 1, 2, 3, 127, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+NUMBERS = [0, 1, 2, 3, 127, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1,
+           2**64 - 1]
 VALUES = [None, True, False, 0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**40, 2**63, 10**30, 1e308, 1e-320,
           -0.5, math.nan, math.inf, "", "x", "7", "\u2581", "../../x", [], {}, [1, 2], {"a": 1},
           [[]], "F32", "llama", "object"]
@@ -97,8 +98,9 @@ def other_value(value, rng: random.Random):
 def other_tensor(value, rng: random.Random):
     """Anything that torch.save can hold; in place of a tensor often a strange tensor."""
     strange = [torch.ones(1).expand(2**20, 2**20), torch.empty(0), torch.ones(3, 4, 5),
-               torch.ones(3, dtype=torch.int64), torch.tensor(math.nan), torch.empty(5, device="meta"),
-               torch.ones(4, 4).to_sparse(), torch.ones(4, dtype=torch.complex64), torch.ones(2, 2).T,
+               torch.ones(3, dtype=torch.int64), torch.tensor(math.nan),
+               torch.empty(5, device="meta"), torch.ones(4, 4).to_sparse(),
+               torch.ones(4, dtype=torch.complex64), torch.ones(2, 2).T,
                torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
                torch.ones(1, dtype=torch.uint8).expand(2**40)]
     if isinstance(value, torch.Tensor) and rng.random() < 0.3 and value.dim() == 2:
@@ -297,7 +299,8 @@ def jsonl(s: Samples, at: Path, rng) -> None:
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     rest = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]
     row, read = rng.choice([
-        ({"messages": talk}, data.read_dialogs), ({"prompt": "a", "response": "b"}, data.read_dialogs),
+        ({"messages": talk}, data.read_dialogs),
+        ({"prompt": "a", "response": "b"}, data.read_dialogs),
         ({"chosen": talk, "rejected": rest, "rating": "better", "margin": 0.5, "chosen_safe": True},
          data.read_preferences),
         ({"prompt": "a", "is_safety": True}, data.read_prompts), ({"text": "a"}, data.read_texts),
@@ -322,8 +325,8 @@ def resume_state(s: Samples, at: Path, rng) -> None:
     scale.load_state(path, network, optimizer, alone)
 
 
-READERS = {f.__name__: f for f in (checkpoint, meta, safetensors, hf_config, llama2c, gguf, tokenizer,
-                                   manifest, jsonl, resume_state)}
+READERS = {f.__name__: f for f in (checkpoint, meta, safetensors, hf_config, llama2c, gguf,
+                                   tokenizer, manifest, jsonl, resume_state)}
 
 
 # ---- the process of one reader, and the test
