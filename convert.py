@@ -232,7 +232,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
                                  f"{', '.join(SAFETENSORS)} can be read")
             dtype, shape = SAFETENSORS[entry["dtype"]], entry["shape"]
             first, behind = entry["data_offsets"]
-            if any(type(n) is not int or n < 0 for n in (*shape, first, behind)):
+            if any(type(n) is not int or n < 0 for n in (*shape, first, behind)) or math.prod(
+                    max(n, 1) for n in shape) >= 2**62:
                 raise ValueError(f"{name} has the shape {shape} and the bytes {first} to {behind}")
             if behind - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} has {behind - first} bytes for shape {shape}")
@@ -1108,7 +1109,7 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, Lazy]]:
         start = -(-cursor.at // align) * align
         for name, (kind, shape, at) in places.items():
             packing = PACKINGS[kind]
-            if not shape or shape[-1] % packing.block or at % align:
+            if not shape or min(shape) < 1 or shape[-1] % packing.block or at % align:
                 raise ValueError(f"{name} has the shape {shape} and begins at byte {at}")
             size = math.prod(shape) // packing.block * packing.size
             spans.append((start + at, start + at + size, name))

@@ -873,26 +873,35 @@ def test_a_damaged_library_in_the_cache_is_made_anew(damage, compiled, tmp_path)
     assert library.read_bytes() == content and Path(done.stdout.strip()) == library
 
 
-@needs_c
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may be others")
-@pytest.mark.parametrize("shared", ["folder of everyone", "folder of the first", "names taken"])
-def test_a_cache_shared_by_two_users_serves_both(shared, compiled, tmp_path):
-    """Each has libraries of their own: nobody runs what another could have written."""
+@pytest.mark.parametrize("shared", ["folder of everyone", "folder of the first", "name taken"])
+def test_a_cache_shared_by_two_users_serves_both(shared):
+    """Each has a folder of their own: nobody runs what another could have written."""
     cache = Path(tempfile.mkdtemp())  # pytest's folders are closed to other users
     try:
         cache.chmod(0o1777 if shared != "folder of the first" else 0o755)
-        if shared == "names taken":
+        (cache / "free").mkdir()
+        (cache / "free").chmod(0o777)
+        if shared == "name taken":
             (cache / "llama2-kernels-65534").mkdir()  # by root, for the second user
-        assert ask_for_library(cache).returncode == 0
-        free = cache / "free"
-        free.mkdir()
-        free.chmod(0o777)
-        second = ask_for_library(cache, "os.setgid(65534); os.setuid(65534)", TMPDIR=str(free),
-                                 HOME="/nonexistent")
-        assert second.returncode == 0, second.stderr
-        library = Path(second.stdout.strip())
-        assert library.stat().st_uid == 65534 and library.parent.name == "llama2-kernels-65534"
-        assert (free in library.parents) == (shared != "folder of everyone")
+        folders = []
+        for user in (0, 65534):
+            code = ("import importlib.util as u, os, sys; "
+                    "s = u.spec_from_file_location('build', sys.argv[1]); "
+                    "b = u.module_from_spec(s); s.loader.exec_module(b); "
+                    f"os.setgid({user}); os.setuid({user}); folder = b.cache_folder(); "
+                    "(folder / 'x.so').write_text(''); print(folder)")
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(FOLDER / "build.py")], text=True, timeout=300,
+                env={**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(cache / "free"),
+                     "HOME": "/proc"}, capture_output=True)
+            assert done.returncode == 0, done.stderr
+            folders.append(Path(done.stdout.strip()))
+            assert folders[-1].stat().st_uid == user
+            assert folders[-1].stat().st_mode & 0o777 == 0o700
+        assert folders[0] == cache / "llama2-kernels-0"
+        free = cache if shared == "folder of everyone" else cache / "free"
+        assert folders[1] == free / "llama2-kernels-65534"
     finally:
         shutil.rmtree(cache)
 

@@ -523,6 +523,25 @@ def test_fresh_comparisons_go_through_reward_py(folder, tokenizer, village, monk
     ppo.reward_pair(at.cfg, tokenizer, WORLD, folder / "refreshed_1")
 
 
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_script_behind_a_link_finds_its_neighbours(links, folder, tokenizer, village, tmp_path,
+                                                     monkeypatch):
+    """Python finds the modules, but __file__ is the link: reward.py is not beside it."""
+    link = Path(ppo.__file__).resolve()
+    for n in range(links):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "ppo.py").symlink_to(link)
+        link = tmp_path / str(n) / "ppo.py"
+    commands = []
+    monkeypatch.setattr(ppo, "__file__", str(link))
+    monkeypatch.setattr(ppo, "compare", lambda *args: [{"rating": "better"}])
+    monkeypatch.setattr(ppo.subprocess, "run", lambda command, **options: (
+        commands.append(command), SimpleNamespace(returncode=0))[1])
+    at = places(folder, tokenizer, village)
+    ppo.refresh_rewards(1, None, None, folder, at)
+    assert Path(commands[0][1]).is_file() and Path(commands[0][1]).name == "reward.py"
+
+
 def test_a_refresh_reads_as_many_older_comparisons_and_never_tests(folder, tokenizer, village,
                                                                    monkeypatch):
     at, commands = places(folder, tokenizer, village), []
