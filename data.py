@@ -98,6 +98,8 @@ class Tokenizer:
         parts = {TRAINER: b"", NORMALIZER: b""}
         self.user_defined, id = set(), 0
         for number, value in protobuf_fields(self.model_bytes):
+            if not isinstance(value, bytes):
+                continue  # no part and no piece
             if number in parts:
                 parts[number] += value  # a part that comes twice counts as one [protobuf]
             elif number == 1:  # a piece; the search is fast, and nearly always enough

@@ -1186,3 +1186,35 @@ def test_gguf_types_that_are_not_read_are_named(tokenizer, tmp_path):
         (tmp_path / "x.gguf").write_bytes(content[:at] + struct.pack("<I", number)
                                           + content[at + 4:])
         refuses(tmp_path / "x.gguf", f"attn_q.weight is {kind}; fp32, fp16, .* can be read")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("writer", ["ours", "the package's"])
+def test_greedy_answers_to_a_gguf_file_are_llama_cpps(writer, kind, tokenizer, tmp_path):
+    """The prompt's ids, too. llama.cpp rounds the activations of a q8_0 file to int8 as well.
+
+    So there each of its tokens, given those before, must be ours or nearly as likely: within what
+    that rounding does to these logits, the greatest of which are about 5.
+    """
+    llama_cpp, gguf = pytest.importorskip("llama_cpp"), pytest.importorskip("gguf")
+    network = gguf_model(tokenizer, tmp_path / "own.pt")
+    path = tmp_path / "m.gguf"
+    if writer == "ours":
+        dtype = {"F32": "fp32", "F16": "fp16", "Q8_0": "q8_0"}[kind]
+        run(tmp_path / "own.pt", "gguf", path, dtype=dtype)
+    else:
+        gguf_by_the_package(path, network, tokenizer, gguf.GGMLQuantizationType[kind])
+    ours, text = convert.load(path, dtype=torch.float32)
+    theirs = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    for sample in ("The baker Ada   lives\n    return 17", "Once upon", "é🙂 x"):
+        prompt = text.encode(sample, bos=True)
+        assert theirs.tokenize(sample.encode(), add_bos=True) == prompt
+        stream = theirs.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        answer = [token for token, _ in zip(stream, range(16))]
+        with torch.no_grad():
+            logits = ours(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]  # (16, V)
+        lost = logits.amax(1) - logits[torch.arange(16), answer]
+        if kind == "Q8_0":
+            assert lost.max() < 0.5 and (lost == 0).sum() >= 12, lost
+        else:
+            assert answer == model.generate(ours, [prompt], 16, temperature=0)[0]
