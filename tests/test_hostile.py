@@ -41,6 +41,8 @@ class Attack:
         return os.mkdir, ("attacked",)
 
 
+WHOLE = {}  # the bytes of each sample that torch.save wrote, by the sample's id
+
 # ---- damage
 
 
@@ -128,8 +130,10 @@ def torch_file(value, path: Path, rng: random.Random) -> None:
     if rng.random() < 0.5:
         torch.save(twisted(value, rng, other_tensor), path)
     else:
-        torch.save(value, path)
-        path.write_bytes(damaged(path.read_bytes(), rng))
+        if id(value) not in WHOLE:
+            torch.save(value, path)
+            WHOLE[id(value)] = path.read_bytes()
+        path.write_bytes(damaged(WHOLE[id(value)], rng))
 
 
 # ---- one valid example of each, and what reads it
