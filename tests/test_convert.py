@@ -1151,7 +1151,7 @@ def test_files_of_the_gguf_packages_own_writer_are_read(kind, tied, tokenizer, t
 @pytest.mark.parametrize("dtype", ["fp16", "q8_0"])
 def test_transformers_reads_our_gguf_with_the_logits_that_we_read(dtype, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf"), pytest.importorskip("accelerate")
     gguf_model(tokenizer, tmp_path / "own.pt")
     path = run(tmp_path / "own.pt", "gguf", tmp_path / "m.gguf", dtype=dtype)
     ours, _ = convert.load(path, dtype=torch.float32)
