@@ -474,7 +474,7 @@ def load_state(path, model, optimizer, world: World, check=None) -> dict | None:
             _set_random_state(single["random"], world)
         except torch.OutOfMemoryError:
             raise
-        except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
             raise ValueError(f"{path} does not fit this run, or is damaged ({type(e).__name__}): "
                              f"delete it to start afresh") from e
         return single["extra"]
