@@ -680,6 +680,8 @@ def read_checkpoint(path, hint: str = CONVERT) -> tuple[ModelConfig, dict[str, T
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(missing)}")
     try:
         config = ModelConfig(**data["config"])
+        if not isinstance(config.scalar_head, bool):
+            raise ValueError(f"scalar_head is {type(config.scalar_head).__name__}, expected bool")
     except (TypeError, ValueError) as e:
         raise ValueError(f"{path} has an unknown model configuration: {e}") from e
     check_tensors(data["weights"], path)
