@@ -1251,7 +1251,7 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, name):
 
 def test_a_missing_reward_model_names_reward_py(tmp_path, monkeypatch):
     """reward_safety.pt is made by reward.py; the test gives model.py a neighbour of that name."""
-    (tmp_path / "reward.py").touch()
+    (tmp_path / "reward.py").write_text('"""A stage."""\nSTAGE = "reward"\n')
     monkeypatch.setattr(M, "__file__", str(tmp_path / "model.py"))
     with pytest.raises(FileNotFoundError, match="`python reward.py` makes it"):
         M.load(tmp_path / "reward_safety.pt")
