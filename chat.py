@@ -1,4 +1,4 @@
-"""Talk to any checkpoint in the terminal: ours, Meta's, Hugging Face's or llama2.c's.
+"""Talk to any checkpoint in the terminal: ours, Meta's, Hugging Face's, llama2.c's or GGUF.
 
 An answer is sampled token by token from p(token | dialogue so far), at the released code's
 settings, temperature 0.6 and top-p 0.9. `data.encode_dialog` builds the prompt, as in training.
@@ -120,6 +120,8 @@ class Chat:
         kind, config = source.info["stage"], source.config
         if config.scalar_head:
             raise ValueError(f"{path} scores answers and gives none: choose a chat or base model")
+        for line in source.notes:
+            note(f"{path}: {line}")
         how = self.load(source)
         self.tokenizer, self.config = source.tokenizer, config
         self.path, self.is_base = path, self.cfg.base or kind == "pretrain"
@@ -146,6 +148,10 @@ class Chat:
         weights = {n: w.read for n, w in source.weights.items()}
         self.decoder = kernels.decoder(source.config, weights, dtype)
         if self.decoder:
+            kept = convert.formats({n: w for n, w in source.weights.items() if len(w.shape) == 2})
+            if dtype is None and kept != self.decoder.dtype:
+                note(f"the file's {kept} weights are spoken in {self.decoder.dtype}; --dtype fp32 "
+                     f"keeps every digit, for more memory")
             return f"{how}, {self.decoder.dtype} weights"
         if dtype in ("int8", "int4"):
             note(f"--dtype {dtype} needs the C kernels, and there are none ({how}): the weights "

@@ -372,7 +372,7 @@ def flags_of(path: Path) -> list[str]:
 
 def run_reward(flags: list[str]) -> None:
     """reward.py with these flags as a process of its own; ValueError with its last words."""
-    command = [sys.executable, str(Path(__file__).with_name("reward.py")), *flags]
+    command = [sys.executable, str(Path(__file__).resolve().with_name("reward.py")), *flags]
     # the child is no rank of ours
     alone = {k: v for k, v in os.environ.items() if "RANK" not in k and k != "WORLD_SIZE"}
     done = subprocess.run(command, capture_output=True, text=True, env=alone)

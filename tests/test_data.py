@@ -295,6 +295,72 @@ def test_a_large_vocabulary_streams_as_uint32(tok):
     assert data.encode_texts(Large(), ["a"]).tolist() == [2**16]
 
 
+def trained(path, **options) -> Tokenizer:
+    """A tokenizer with the library's own defaults but for Llama's special pieces and `options`."""
+    usual = dict(model_type="bpe", vocab_size=400, byte_fallback=True,
+                 remove_extra_whitespaces=False, normalization_rule_name="identity")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_prefix=str(path / "m"), minloglevel=2,
+        num_threads=1, **{**usual, **options})
+    return Tokenizer(path / "m.model")
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(add_dummy_prefix=False), "made with add_dummy_prefix=False, Llama's is True"),
+    (dict(treat_whitespace_as_suffix=True), "treat_whitespace_as_suffix=True, Llama's is False"),
+    (dict(model_type="word", vocab_size=330), "model_type=word; bpe .* and unigram can be read"),
+    (dict(model_type="char", vocab_size=330), "model_type=char"),
+])
+def test_options_that_would_change_the_chat_format_are_refused_by_name(options, message, tmp_path):
+    with pytest.raises(ValueError, match=f"m.model: .*{message}") as caught:
+        trained(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options, differs", [
+    (dict(), []),
+    (dict(model_type="unigram"), ["model_type"]),
+    (dict(split_by_whitespace=False), []),
+    (dict(byte_fallback=False, vocab_size=150), ["byte_fallback"]),
+    (dict(user_defined_symbols=["<mask>", "a the", "▁walks▁to"]), ["user_defined_symbols"]),
+    (dict(normalization_rule_name="nmt_nfkc"), ["precompiled_charsmap"]),
+    (dict(remove_extra_whitespaces=True), ["remove_extra_whitespaces"]),
+])
+def test_models_of_other_options_give_the_librarys_own_ids(options, differs, tmp_path):
+    """Whatever the options: never other ids because a text was cut into words."""
+    tok = trained(tmp_path, **options)
+    assert list(tok.unlike_llama) == differs
+    rng = random.Random(2)
+    some = ["the", "walks to", "a the", "<mask>", " ", "  ", "\n", "▁", ".", "1", "é", "ﬁ", "x "]
+    for _ in range(3_000):
+        text = "".join(rng.choices(some, k=8))
+        assert tok.encode(text) == tok.sp.encode(text), text
+    assert tok.decode(tok.encode("the old river")) == "the old river"
+
+
+def test_user_defined_and_unused_pieces_are_kinds_of_their_own(tmp_path):
+    tok = trained(tmp_path, user_defined_symbols=["<mask>", "<a>"])
+    assert [tok.piece(i) for i in range(tok.vocab_size) if tok.kind(i) == "user-defined"] == [
+        "<mask>", "<a>"]
+
+
+def test_a_message_that_is_no_protobuf_is_refused():
+    assert list(data.protobuf_fields(b"\x08\x96\x01\x12\x02hi")) == [(1, 150), (2, b"hi")]
+    for damaged in (b"\x08", b"\x12\x05hi", b"\x0b", b"\xff" * 12, b"\x15abc"):
+        with pytest.raises(ValueError, match="is no part of a protobuf message"):
+            list(data.protobuf_fields(damaged))
+
+
+@pytest.mark.parametrize("line", ["zebra▅quagga", "▅zebra quagga", "zebra quagga▅"])
+def test_lines_with_u2585_are_learnt_from_too(line):
+    """SentencePiece keeps that character for itself and drops lines that have it."""
+    texts = ["the old river"] * 4 + [line.replace("zebra", "zebra zebra")] * 40
+    tok = Tokenizer(train_tokenizer(texts, 285))
+    pieces = {tok.piece(i) for i in range(tok.vocab_size)}
+    assert {"▁zebra", "quagga", "▁quagga"} & pieces
+    assert tok.decode(tok.encode(line)) == line
+
+
 # ---- 2. Chat format ------------------------------------------------------------------------------
 
 def meta_tokens(model: bytes, turns: list[tuple]) -> list[int]:

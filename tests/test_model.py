@@ -588,7 +588,7 @@ def test_init_returns_the_model_and_consumes_no_global_randomness():
 
 def test_overfits_one_batch():
     net, tokens = Llama(replace(SIZES, n_layers=2)).init_weights(), random_tokens(3, 12)
-    optimizer = M.adamw(net, lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(80):
         optimizer.zero_grad()
         loss = F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -1251,7 +1251,7 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, name):
 
 def test_a_missing_reward_model_names_reward_py(tmp_path, monkeypatch):
     """reward_safety.pt is made by reward.py; the test gives model.py a neighbour of that name."""
-    (tmp_path / "reward.py").touch()
+    (tmp_path / "reward.py").write_text('"""A stage."""\nSTAGE = "reward"\n')
     monkeypatch.setattr(M, "__file__", str(tmp_path / "model.py"))
     with pytest.raises(FileNotFoundError, match="`python reward.py` makes it"):
         M.load(tmp_path / "reward_safety.pt")
@@ -1425,3 +1425,88 @@ def test_the_network_imports_no_other_room():
     code = f"import sys, model; print([name for name in {ours} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout == "['model']\n", done.stdout + done.stderr
+
+
+# ---- files from the wild
+
+
+def damaged(value: float, place: str = "all") -> Llama:
+    net = Llama(ModelConfig(12, 2, 3, 1, 20, 40, 64)).init_weights()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if place in ("all", name):
+                p.fill_(value)
+    return net
+
+
+@pytest.mark.parametrize("value, place", [
+    (math.nan, "all"), (math.nan, "layers.1.ffn_norm.weight"), (math.inf, "output.weight"),
+    (math.nan, "layers.0.attention.wv.weight")])
+@pytest.mark.parametrize("path", ["torch", "c"])
+def test_logits_that_are_no_numbers_end_with_one_line(value, place, path):
+    """By each way to speak: whole answers and token by token, greedy and drawn, PyTorch and C."""
+    import kernels
+    from kernels.decode import Decoder
+
+    net = damaged(value, place)
+    if path == "c" and "C" not in kernels.choose("auto"):
+        pytest.skip("no C compiler")
+    try:
+        for temperature in (0.0, 1.0):
+            with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+                if path == "torch":
+                    list(M.stream(net, [1, 5, 7], 9, temperature, seed=0))
+                else:
+                    kernels.rollout(net, [[1, 5, 7], [1, 2]], 9, temperature)
+        if path == "c":
+            for dtype in ("fp32", "bf16", "int8"):
+                with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+                    list(Decoder.of(net, dtype).stream([1, 5, 7], 9, 1.0, seed=0))
+    finally:
+        kernels.choose("torch")
+
+
+def test_a_long_context_costs_what_is_used_of_it():
+    """A million positions are 1.6 GiB of float64 angles; three tokens need four thousand."""
+    net = Llama(ModelConfig(256, 1, 2, 1, 20, 40, 1 << 20)).init_weights()
+    assert len(M.generate(net, [[1, 5, 7]], 4, temperature=0)[0]) == 4
+    assert net._rope[0].shape == (4096, 64)
+    short, long = Llama(ModelConfig(12, 1, 3, 1, 20, 40, 9000)).init_weights(), 5000
+    tokens = torch.randint(40, (1, long), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        short(tokens[:, :3])
+        assert len(short._rope[0]) == 4096
+        grown = short(tokens)
+        assert len(short._rope[0]) == 9000  # twice what is needed, at most the context
+        short._rope = None
+        assert torch.equal(short(tokens), grown)
+
+
+def test_a_decoder_with_a_long_context_builds_its_table_as_it_reads():
+    import kernels
+    from kernels.decode import Decoder
+
+    if "C" not in kernels.choose("auto"):
+        pytest.skip("no C compiler")
+    kernels.choose("torch")
+    net = Llama(ModelConfig(12, 1, 3, 1, 20, 40, 9000)).init_weights()
+    decoder, prompt = Decoder.of(net, "fp32"), [1, 5] * 2100
+    assert list(decoder.stream([1, 5, 7], 3, 0.0)) == list(M.stream(net, [1, 5, 7], 3, 0.0))
+    assert len(decoder._rope[0]) == 4096
+    assert list(decoder.stream(prompt, 3, 0.0)) == list(M.stream(net, prompt, 3, 0.0))
+    assert 4200 < len(decoder._rope[0]) <= 9000
+
+
+@pytest.mark.parametrize("kind", ["link", "link to a link", "dangling"])
+def test_what_is_written_through_a_link_goes_where_it_leads(kind, tmp_path):
+    (tmp_path / "disk").mkdir()
+    target, path = tmp_path / "disk" / "x.pt", tmp_path / "x.pt"
+    path.symlink_to(target)
+    if kind == "link to a link":
+        (tmp_path / "y.pt").symlink_to(path)
+        path = tmp_path / "y.pt"
+    if kind != "dangling":
+        target.write_bytes(b"old")
+    M.atomic_write(path, lambda f: f.write(b"new"))
+    assert path.is_symlink() and target.read_bytes() == b"new"
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["x.pt"]

@@ -827,3 +827,88 @@ def test_an_unknown_command_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, "scale.py", "tokenize"], capture_output=True, text=True,
                           cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "consolidate" in done.stderr
+
+
+# ---- tokenising among other processes
+
+
+def corpus_of(folder: Path, rows: int = 4000) -> scale.Tokenise:
+    """Flags of `tokenise` for some text, in shards of one megabyte."""
+    texts = [f"The miller of house {n} asks: who walks to the river, and why?" for n in range(rows)]
+    (folder / "text.txt").write_text("\n".join(texts))
+    (folder / "t.model").write_bytes(data.train_tokenizer(texts[:300], 300))
+    return scale.Tokenise(data=str(folder / "text.txt"), tokenizer=str(folder / "t.model"),
+                          out=str(folder / "shards"), shard_megabytes=1, workers=2)
+
+
+def workers_of(pid: int) -> list[int]:
+    """The child processes of a process."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def tokenising(cfg: scale.Tokenise) -> subprocess.Popen:
+    """`scale.py tokenise` under way, both workers started."""
+    words = [w for k in ("data", "tokenizer", "out", "workers")
+             for w in ("--" + k, str(getattr(cfg, k)))]
+    process = subprocess.Popen(
+        [sys.executable, scale.__file__, "tokenise", "--shard-megabytes", "1", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while len(workers_of(process.pid)) < 2 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_killed_worker_is_one_line_and_the_next_run_continues(number, tmp_path):
+    cfg = corpus_of(tmp_path, 100_000)
+    process = tokenising(cfg)
+    os.kill(workers_of(process.pid)[0], number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2 and error.count("\n") == 1, error
+    assert "a worker process was killed" in error and "continues where it stopped" in error
+    scale.tokenise(cfg)
+    assert sum(scale.read_manifest(tmp_path / "shards")["files"].values()) > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_workers_end_with_the_process_that_feeds_them(number, tmp_path):
+    process = tokenising(corpus_of(tmp_path, 100_000))
+    workers = workers_of(process.pid)
+    process.send_signal(number)
+    process.communicate(timeout=120)  # until nobody holds its output: the workers, too
+    deadline = time.time() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.parametrize("edit", ["same size", "same size and date", "swapped"])
+def test_an_edit_that_keeps_the_size_is_noticed(edit, tmp_path):
+    cfg = corpus_of(tmp_path)
+    scale.tokenise(cfg)
+    text = tmp_path / "text.txt"
+    before, content = text.stat(), text.read_text()
+    lines = content.splitlines()
+    changed = "\n".join([lines[1], lines[0], *lines[2:]])
+    text.write_text(changed if edit == "swapped" else content.replace("miller", "farmer"))
+    assert text.stat().st_size == before.st_size
+    if edit == "same size and date":
+        os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match="shards of another text"):
+        scale.tokenise(cfg)
+    text.write_text(content)  # the same text with a new date is the same text
+    scale.tokenise(cfg)
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", "null", '{"files": {"a.bin": 1}}', "[" * 100_000, '{"files": 3, "dtype": "uint16"}',
+    '{"files": {"../a": 1}, "dtype": "uint16"}', '{"files": {"a": "1"}, "dtype": "uint16"}',
+    '{"files": {"a": 1}, "dtype": "object"}', '{"files": {"a": 1}, "dtype": ["uint16"]}'])
+def test_a_damaged_manifest_is_one_line(content, tmp_path):
+    (tmp_path / "shards.json").write_text(content)
+    with pytest.raises(ValueError, match="shards.json is damaged"):
+        scale.read_manifest(tmp_path)
