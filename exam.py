@@ -909,9 +909,9 @@ def kl(policy, other, answers: rollouts.Answers) -> float:
     return (ours - theirs) / len(answers.prompts)
 
 
-def obedience(one: Examined, test: TestTalks, when: str, talk=None) -> dict:
+def obedience(one: Examined, test: TestTalks, when: str, talk=None, ceilings=("seen",)) -> dict:
     """Rates of obeying by turn: told once, by what is known of the instruction, and told on every
-    turn (the ceilings); and the attention in one dialogue.
+    turn (the ceilings, of these kinds); and the attention in one dialogue.
 
     talk: the dialogue to look at the attention in; none: the first of the test, as this model
     leads it. Prints the counterpart of Table 30, a column per turn.
@@ -920,6 +920,8 @@ def obedience(one: Examined, test: TestTalks, when: str, talk=None) -> dict:
     for name, rows in test.instructions.items():
         for place, key in ((gatt.keep_first, name),
                            (gatt.repeat_instruction, f"ceiling_{name}")):
+            if place is gatt.repeat_instruction and name not in ceilings:
+                continue
             report[key], talks = converse(one, rows, test.questions, place, key)
             if key == "seen":
                 seen_talks = talks
@@ -978,11 +980,11 @@ def exam_gatt(cfg: Config) -> dict:
     before = open_model(cfg, start)
     test = talks_of_files(made, cfg) if made.data else talks_of_village(after.village, cfg)
     report = {"before": obedience(before, test, "before")}
-    report["after"] = obedience(after, test, "after", report["before"]["talk"])
+    report["after"] = obedience(after, test, "after", report["before"]["talk"],
+                                tuple(test.instructions))
     if not cfg.data:
         rewards = before.info["metrics"].get("rewards", ".")
         report["after"] |= grade(after) | beside_the_others(after, rewards)
-        report["before"] |= grade(before, temperatures=(1.0,))
     if cfg.full and not cfg.data:
         report["control"] = without_the_trick(open_model(cfg, start), test)
     return report | {"dialogues": cfg.eval_prompts}
