@@ -294,13 +294,20 @@ SETTINGS = [Setting(*row) for row in (
 
 
 def settings(stage_name: str, config: M.ModelConfig) -> dict:
-    """{flag: value} of a stage for a model of this size, {} below 7b: for `stage.at_size`."""
+    """{flag: value} of a stage for a model of this size, {} below 7b: for `stage.at_size`.
+
+    ValueError for a stage without rows: a fork must say what it is at a large size.
+    """
     parameters = M.count_parameters(replace(config, scalar_head=False))
     columns = [i for i, least in enumerate(SIZES.values()) if parameters >= least]
     if not columns:
         return {}
-    return {row.name: row.sizes[columns[-1]] for row in SETTINGS
-            if row.stage == stage_name and not row.name.isupper()}
+    values = {row.name: row.sizes[columns[-1]] for row in SETTINGS
+              if row.stage == stage_name and not row.name.isupper()}
+    if not values:
+        raise ValueError(f"plan.SETTINGS has no rows for {stage_name}: say there what its flags are "
+                         f"from 7b on")
+    return values
 
 
 def print_settings() -> None:
