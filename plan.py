@@ -305,8 +305,8 @@ def settings(stage_name: str, config: M.ModelConfig) -> dict:
     values = {row.name: row.sizes[columns[-1]] for row in SETTINGS
               if row.stage == stage_name and not row.name.isupper()}
     if not values:
-        raise ValueError(f"plan.SETTINGS has no rows for {stage_name}: say there what its flags are "
-                         f"from 7b on")
+        raise ValueError(f"plan.SETTINGS has no rows for {stage_name}: say there what its flags "
+                         f"are from 7b on")
     return values
 
 

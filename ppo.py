@@ -145,19 +145,25 @@ def gae(rewards, values, mask):
     return advantages, advantages + values
 
 
+def masked_mean(x, mask):
+    """Mean of x over the answer tokens: (B, T) each -> a scalar."""
+    return (x * mask).sum() / mask.sum()
+
+
 def policy_loss(logp, old_logp, advantages, mask):
     """Clipped surrogate [PPO Eq.7], mean over answer tokens: (loss, ratio, share clipped)."""
     ratio = (logp - old_logp).exp()
-    gain = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    near = ratio.clamp(1 - CLIP, 1 + CLIP)
+    gain = torch.min(ratio * advantages, near * advantages)
     clipped = ((ratio - 1).abs() > CLIP).float()
-    return -(gain * mask).sum() / mask.sum(), ratio, (clipped * mask).sum() / mask.sum()
+    return -masked_mean(gain, mask), ratio, masked_mean(clipped, mask)
 
 
 def value_loss(values, old_values, returns, mask):
     """Half the squared error, the larger of the free and the clipped value's [N+]: a scalar."""
     near = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
     error = torch.max((values - returns).square(), (near - returns).square())
-    return 0.5 * (error * mask).sum() / mask.sum()
+    return 0.5 * masked_mean(error, mask)
 
 
 def values_of(critic, tokens, lengths):
