@@ -1130,7 +1130,9 @@ FINDINGS = [
             difference(("reward", "safety", "accuracy", "safety", "all"),
                        ("reward", "helpful", "accuracy", "safety", "all")), 0.0),
     Finding("helpfulness model prefers refusing an unsafe prompt", "§3.2.2",
-            number_at("reward", "helpful", "refusal_preferred"), .50, is_least=False),
+            number_at("reward", "helpful", "refusal_preferred"), .50, is_least=False,
+            known="in village 0 2% of the pairs, in village 1 half: no comparison of two safe "
+                  "answers says which of refusing and complying helps"),
     Finding("best of 8 over one at random, gold score", "Fig. 7",
             number_at("rejection", "best_of", "gain"), 0.0),
     Finding("a preprompt works by its meaning: opposite less paper's", "§4.2.4",
