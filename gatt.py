@@ -2,7 +2,7 @@
 
 A chat model forgets "Act as Plato." after a few turns. GAtt needs no new network and no new loss,
 only a trick with the data. An answer is sampled while *every* user message repeats the instruction,
-and learnt while only the system message has it. u: user, a: answer, E: its EOS, three turns:
+and learnt while only the system message (<<inst>>) has it. u: user, a: answer, E: its EOS:
 
     sampled  [INST] inst u1 [/INST] a1 E [INST] inst u2 [/INST] a2 E [INST] inst u3 [/INST] -> a3 E
     learnt   [INST] <<inst>> u1 [/INST] a1 E [INST] u2 [/INST] a2 E [INST] u3 [/INST] a3 E
@@ -241,7 +241,7 @@ def sample_examples(model, tokenizer, material: Material, cfg: Config) -> list[d
     rng = random.Random(cfg.seed)
     blanks = []  # (dialogue, index of the answer in it, prompt)
     for row, dialog in zip(instructions, dialogs):
-        share = max(0.0, rng.uniform(-1, 1))
+        share = max(0.0, rng.uniform(-1, 1))  # 0 for half of the dialogues, else uniform in 0..1
         for i, message in enumerate(dialog):
             if message["content"] is None:
                 prompt = dialog[i - 1:i]
@@ -313,18 +313,19 @@ def train(model, optimizer, rows, cfg: Config, ranks, first: int = 0):
     peak = cfg.lr or default_lr(model.config.dim)
     for step in range(first, total):
         # 1) batch; its answer tokens, counted over all ranks, are what the loss is a mean over
-        batch = batch_at(step, rows, cfg, ranks)
-        answer_tokens = ranks.sum(batch[1][:, 1:].sum().item())
-        # 2) forward and loss
+        tokens, mask, segments = batch_at(step, rows, cfg, ranks)
+        answer_tokens = ranks.sum(mask[:, 1:].sum().item())
+        # 2) forward, loss, backward: piece by piece, the gradients add up
         nats = 0.0
-        for piece in zip(*(column.split(cfg.micro_batch) for column in batch)):
+        size = cfg.micro_batch
+        for piece in zip(tokens.split(size), mask.split(size), segments.split(size)):
             with M.autocast(ranks.device):
                 share = answer_loss(model, *piece)
             # FSDP averages gradients over its ranks; times their number makes that a sum
             (share * (ranks.dp / answer_tokens)).backward()
             nats += share.item()
         loss = ranks.sum(nats) / answer_tokens
-        # 3) backward (above, piece by piece), clip, step
+        # 3) clip, step
         norm = scale.clip(model, 1.0)
         lr = stage.cosine(step, total, peak, 5)
         stage.step(optimizer, lr, loss=loss, grad_norm=norm)
@@ -359,7 +360,7 @@ def main(cfg: Config) -> dict:
     print(kernels.choose(cfg.kernels, ranks.device))
     model = scale.wrap(model, ranks, recompute=cfg.recompute)
     let_learn(model, cfg.train)
-    optimizer = stage.adamw(model, 0.0, 0.1)
+    optimizer = stage.adamw(model, 0.0, 0.1)  # lr: set at every step, by stage.step
     check_same = functools.partial(stage.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
     saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None
     if saved:

@@ -174,8 +174,8 @@ class KVCache:
     Memory per token: 2 * L * KV * hd numbers; grouped-query attention exists to make this small
     [L2 §A.2.1]: 70b with 8 key/value heads keeps 1.25 GiB for 4096 tokens in half precision, with
     one for each of its 64 query heads it would be 8 times that. A layer's tensors are allocated at
-    its first use, from the shape it is given, so
-    that a model whose heads are split over devices needs no line here.
+    its first use, from the shape it is given, so that a model whose heads are split over devices
+    needs no line here.
     """
 
     def __init__(self, n_layers: int, max_len: int):

@@ -144,18 +144,19 @@ def train(model, optimizer, rows, cfg: Config, ranks, first: int = 0):
     peak = cfg.lr or default_lr(model.config.dim)
     for step in range(first, total):
         # 1) batch; its answer tokens, counted over all ranks, are what the loss is a mean over
-        batch = batch_at(step, rows, cfg, ranks)
-        answer_tokens = ranks.sum(batch[1][:, 1:].sum().item())
-        # 2) forward and loss
+        tokens, mask, segments = batch_at(step, rows, cfg, ranks)
+        answer_tokens = ranks.sum(mask[:, 1:].sum().item())
+        # 2) forward, loss, backward: piece by piece, the gradients add up
         nats = 0.0
-        for piece in zip(*(column.split(cfg.micro_batch) for column in batch)):
+        size = cfg.micro_batch
+        for piece in zip(tokens.split(size), mask.split(size), segments.split(size)):
             with M.autocast(ranks.device):
                 share = answer_loss(model, *piece)
             # FSDP averages gradients over its ranks; times their number makes that a sum
             (share * (ranks.dp / answer_tokens)).backward()
             nats += share.item()
         loss = ranks.sum(nats) / answer_tokens
-        # 3) backward (above, piece by piece), clip, step
+        # 3) clip, step
         norm = scale.clip(model, cfg.clip)
         lr = stage.cosine(step, total, peak, cfg.warmup_steps)
         stage.step(optimizer, lr, loss=loss, grad_norm=norm)
@@ -205,7 +206,7 @@ def main(cfg: Config) -> dict:
     ranks = scale.setup(cfg.device, cfg.tp)  # this process among others; alone: rank 0 of 1
     print(kernels.choose(cfg.kernels, ranks.device))
     model = scale.wrap(model, ranks, recompute=cfg.recompute, compile=cfg.compile)
-    optimizer = stage.adamw(model, 0.0, cfg.weight_decay)
+    optimizer = stage.adamw(model, 0.0, cfg.weight_decay)  # lr: set at every step, by stage.step
     state = out / f"{STAGE}.state.pt"
     check_same = functools.partial(stage.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
     saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None
