@@ -222,7 +222,7 @@ def ask(chat: Chat, text: str) -> bool:
 
 @torch.inference_mode()
 def rate(messages: list[dict], cfg: Config) -> dict[str, float]:
-    """Raw scores of the last answer by the reward models in OUT, read at its EOS [L2 §3.2.2].
+    """Raw scores of the last answer by the reward models in OUT, read at its EOS.
 
     A model that is not there is left out; ValueError if the last turn outgrows a model's context.
     """

@@ -365,7 +365,7 @@ def encode_dialog(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int]
 
     messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]. Ends after the last
     answer's EOS or, when the user spoke last, after [/INST], ready for `generate`: the tokens of an
-    open dialogue are a prefix of those of the answered one. "We zero-out the loss on tokens from
+    open dialogue are a prefix of those of the answered one. We "zero-out the loss on tokens from
     the user prompt" [L2 §3.1]; of EOS the paper says nothing, but only its loss teaches to stop.
     Raises ValueError for wrong roles or types and for a tag inside a message.
     """
@@ -397,8 +397,8 @@ def show_dialog(tokenizer: Tokenizer, tokens: list[int], loss_mask: list[int]) -
 #   loss_mask  0     0   0     0      1    1    0     0    0     0    ...   0   0
 #   segments   0     0   0     0      0    0    1     1    1     1    ...  -1  -1
 #
-# A token sees its own segment only, so an answer is learnt as it will be asked for: with its own
-# dialogue in front of it and nothing else.
+# A token sees its own segment only (UNSPECIFIED in L2), so an answer is learnt as it will be asked
+# for: with its own dialogue in front of it and nothing else.
 
 
 def pack(dialogs: list[tuple[list[int], list[int]]], width: int):

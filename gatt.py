@@ -21,6 +21,8 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
 - It comes after PPO; the paper has it from RLHF V3 on.
+- Figures, greetings and hobbies from fixed lists; the paper's: hobbies, languages, public figures,
+  the lists written by the chat model itself.
 - Up to --tries answers are sampled; one that fails the instruction's string check is not kept.
 - The model's own answers to ordinary prompts are learnt beside them, so that nothing else is lost.
 - In the village attention's matrices alone are trained. There are 33 values to obey, and a whole
@@ -58,14 +60,14 @@ class Config:
     out: str = "out"  # folder of checkpoints and metrics
     seed: int = ranged(0, least=0)  # of questions, instructions, sampling and order
     dialogues: int = ranged(900, least=1)  # dialogues under an instruction; UNSPECIFIED in L2
-    turns: int = ranged(12, least=1)  # questions of the longest; the paper's: 20 and more (§A.3.5)
-    tries: int = ranged(3, least=1)  # samples until one obeys; paper: 1 (§3.3)
-    replay: int = ranged(1000, least=0)  # ordinary prompts, answers learnt too; paper: 0 (§3.3)
+    turns: int = ranged(12, least=1)  # questions of the longest; UNSPECIFIED in L2 (tested to 20)
+    tries: int = ranged(3, least=1)  # samples until one obeys; UNSPECIFIED in L2
+    replay: int = ranged(1000, least=0)  # ordinary prompts, answers learnt too; paper: none said
     train: Literal["attention", "all"] = "attention"  # weights; from 7b on all, as in SFT (§3.3)
     epochs: int = ranged(3, least=1)  # passes over all examples; UNSPECIFIED in L2 (SFT: 2)
     batch_size: int = ranged(4, least=1)  # packed rows per step, over all ranks; UNSPECIFIED in L2
     micro_batch: int = ranged(16, least=1)  # rows per rank and forward pass: less memory
-    seq_len: int = ranged(512, least=2)  # tokens per packed row; paper: 4096 (§A.3.5)
+    seq_len: int = ranged(512, least=2)  # tokens per packed row; UNSPECIFIED in L2 (SFT: 4096)
     max_new_tokens: int = ranged(80, least=1)  # tokens of an answer
     lr: float = ranged(0, least=0)  # peak of the cosine; 0: by width; UNSPECIFIED in L2
     save_every: int = ranged(50, least=1)  # steps between resume states

@@ -20,7 +20,7 @@ Sources: [L2] Llama 2, arXiv 2307.09288.  [RMS] RMSNorm, 1910.07467.  [RoPE] RoF
          [GLU] GLU variants, 2002.05202.  [GQA] 2305.13245.  [code] facebookresearch/llama.
 
 Differs from the paper: the network not at all. Initialisation is unspecified there (see
-`init_weights`), and the released code samples on one device with a fixed batch (see `decode`).
+`init_weights`), and the released code samples a batch to its end in lockstep (see `decode`).
 """
 
 from __future__ import annotations
@@ -504,7 +504,7 @@ def rollout(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, 
 
 def generate(model, prompts, max_new_tokens, temperature=0.6, top_p=0.9, seed=None, stop=None,
              row_ids=None) -> list[list[int]]:
-    """Tokens only, at the paper's chat settings; seed None draws a new one. See `rollout`."""
+    """Tokens only, at the released code's chat settings [code]; seed None draws one. See `rollout`."""
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     return rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids)[0]
 

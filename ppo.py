@@ -26,7 +26,10 @@ nats from SFT (`python exam.py ppo`).
 Keys: [L2] Llama 2, 2307.09288.  [PPO] 1707.06347.  [GAE] 1506.02438.  [N+] 2403.17031.
 
 Differs from the paper:
-- PPO comes once, behind five rounds of rejection sampling; its KL is to where PPO starts.
+- PPO comes once, on V5 (as in Fig. 11), and nothing is sampled from its model again.
+- The KL's reference is where PPO starts (UNSPECIFIED in L2: "the original policy").
+- It also stops at --kl-limit nats from the SFT model; the toy's lr and beta are not the paper's.
+- The gate's threshold is reward.py's calibrated one, not 0.15; is_safety is the village's own tag.
 - The prompts are in part those that the reward models were trained on.
 - The critic is the helpfulness reward model with a trained trunk of its own (UNSPECIFIED in L2).
 - gamma 1, lambda .95, k1 estimator of the KL, whitened advantages (UNSPECIFIED in L2; [N+]).

@@ -19,6 +19,7 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
 - 2.1 million tokens of a synthetic world instead of two trillion of public text.
+- The text has the chat format, instructions and harmful requests in it; vocabulary 1536, no 32,000.
 - Easy text first (village.PRIMER): so few tokens must not be spent on a plateau.
 - Learning rate, warm-up, batch and sequence length are those of a toy; the paper's from 7b on.
 """
@@ -59,7 +60,7 @@ class Config:
     micro_batch: int = ranged(16, least=1)  # sequences per rank and forward pass: less memory
     seq_len: int = ranged(256, least=2)  # tokens; paper: 4096 (Table 1)
     lr: float = ranged(0, least=0)  # peak; 0: by preset; paper: 3e-4, from 34b 1.5e-4 (Table 1)
-    warmup_steps: int = ranged(100, least=0)  # of linear warm-up; paper: 2000 of 500,000 (§2.2)
+    warmup_steps: int = ranged(100, least=0)  # of linear warm-up; paper: 2000 (§2.2)
     weight_decay: float = ranged(0.1, least=0)  # paper: 0.1 (§2.2)
     clip: float = ranged(1.0, above=0)  # largest gradient norm; paper: 1.0 (§2.2)
     log_every: int = ranged(40, least=1)  # steps between two lines of the log

@@ -25,13 +25,15 @@ Expect the best of 8 to be worth .05 to .10 more than a random one by the gold s
 Keys: [L2] Llama 2, 2307.09288.
 
 Differs from the paper:
-- Rejection samples come from the model itself, not from a larger one.
-- All five versions come before PPO; the paper's V5 is rejection sampling and then PPO.
-- Every version starts from the SFT model.
-- Comparisons are between two versions at two temperatures; half of the first answers are planted
-  or more (village.Village.plant).
+- Rejection samples come from the model itself; the paper's smaller models learn the 70B's.
+- Every version starts from the SFT model: our reading of the paper's "base model".
+- Half or more of the first answers in comparisons are planted (village.Village.plant);
+  temperatures are drawn from 0.8 and 1.0.
 - Refreshing trains the reward models on instead of anew, with as many older comparisons.
-- Context distillation has one generic preprompt and no answer templates.
+- Context distillation is done once, by the SFT model, with one generic preprompt and no answer
+  templates; where the gate rejects an answer nothing is learnt, the paper keeps the original.
+- The prompts are in part those that the reward models were trained on.
+- UNSPECIFIED in L2: K, prompts, learning rate and epochs (SFT's two); cut answers are never picked.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Config:
     samples: int = ranged(8, least=1)  # K, answers per prompt; UNSPECIFIED in L2 (figures: to 100)
     comparisons: int = ranged(500, least=0)  # pairs to label after each round; paper: weekly
     rs_lr: float | None = ranged(None, above=0)  # of each fine-tuning; none: by size (RS_LR)
-    batch_size: int = ranged(32, least=1)  # answers per step of a fine-tuning; paper: as SFT's, 64
+    batch_size: int = ranged(32, least=1)  # answers per step; UNSPECIFIED in L2 (SFT: 64, §3.1)
     # DEVIATES: 0.6 to 1.5 in Fig. 8; at hotter T the best of 8 by reward was worth no more gold
     # than a random one: broken answers fool the model.
     temperatures: str = "0.5,0.65,0.8"  # comma between; the best one of each round is sampled at
@@ -231,7 +233,8 @@ def distil(model, score, setting: Setting) -> list[tuple[list[int], list[int]]]:
 
     The model answers unsafe prompts twice, once behind a preprompt that calls it responsible. The
     second answer is kept where the safety model scores it higher (strictly), and learnt as the
-    answer to the bare prompt. Helpful prompts are left alone: there it breeds false refusals.
+    answer to the bare prompt (DEVIATES: else the paper keeps the first; here nothing is learnt).
+    Helpful prompts are left alone: there it breeds false refusals.
     """
     drawn = setting.draw("distillation", 2 * setting.cfg.prompts)
     rows = []

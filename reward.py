@@ -21,11 +21,13 @@ labels' noise allows 87 to 88% and 74 to 77% (`python exam.py reward`).
 Keys: [L2] Llama 2, 2307.09288.
 
 Differs from the paper:
-- An annotator with known noise instead of people; a few thousand pairs instead of 2.9 million.
-- Half or more of the first answers are planted: refusals, stray or missing sentences, answers to
-  another question (village.Village.plant). The paper's are all sampled.
-- The variants that are compared are one model at two temperatures.
-- The helpfulness model reads no safety pair with an unsafe answer: see `mix`.
+- An annotator with known noise instead of people; 12,000 pairs instead of 1.4 million, and no
+  open-source ones (1.5 million more there, which stay in both mixes).
+- A pair is one model at two temperatures, not two model variants; half or more of the first answers
+  are planted: refusals, stray or missing sentences, other questions' (village.Village.plant).
+- The helpfulness model reads no safety pair with an answer labelled unsafe: see `mix`.
+- RLHF's threshold is calibrated to the paper's precision, .89, instead of taken over: 0.15.
+- UNSPECIFIED in L2: where the score is read (EOS), the head's start, margin, auxiliary loss.
 """
 
 from __future__ import annotations
@@ -177,7 +179,7 @@ def compare(model, tokenizer, village, prompts: list, by: str, seed: str,
             max_new_tokens: int) -> list[dict]:
     """Rows of a preference file: two answers of different variants to each open dialogue.
 
-    The variants are temperatures. Then `Annotator.comparisons` plants (replaces half or more of the
+    The variants are two temperatures (DEVIATES: the paper's are also two models). Then `Annotator.comparisons` plants (replaces half or more of the
     first answers) and labels: a wins with probability sigmoid(8 gap), gap = gold(a) - gold(b); the
     rating, and with it the margin, is |gap| + N(0, .08) cut at .5, .25, .08. by: "helpful" or
     "safe", the guidelines of the label.

@@ -153,7 +153,8 @@ def response_logprobs(model, tokens, lengths, mask, temperature: float) -> Tenso
 def end_scores(model, tokens, lengths) -> Tensor:
     """Score of each dialogue, read at its last real token: int64 (B, T), (B,) -> float32 (B,).
 
-    That token is the EOS: what stands behind it is padding, and no real token sees padding.
+    That token is the EOS, or the last of an answer that was cut (UNSPECIFIED in L2: where to read);
+    what stands behind it is padding, and no real token sees padding.
     """
     hidden = kernels.trunk(model, tokens, lengths=lengths)  # (B, T, D): the network, no head
     last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)

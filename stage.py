@@ -327,10 +327,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """The paper's optimizer for every stage: betas .9, .95, eps 1e-5 [L2 §2.2, §3.2.3].
+    """The paper's optimizer, betas .9, .95, eps 1e-5 [L2 §2.2; §3.2.2 reward models; §3.2.3 PPO].
 
-    Decay acts on matrices only: pulling the norms' scales towards 0 would mute whole layers
-    (UNSPECIFIED in L2). eps is 1e-5, not the usual 1e-8. lr may be a schedule's first value.
+    Of SFT, rejection and GAtt UNSPECIFIED in L2. Decay acts on matrices only: pulling the norms'
+    scales towards 0 would mute whole layers (UNSPECIFIED too). eps is 1e-5, not the usual 1e-8. lr may be a schedule's first value.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": weight_decay},
@@ -340,9 +340,9 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
 
 
 def cosine(step: int, total: int, peak: float, warmup: int) -> float:
-    """Learning rate: linear warm-up to `peak`, then a cosine to a tenth of it [L2 §2.2, §3.1].
+    """Learning rate: linear warm-up to `peak`, then a cosine to a tenth of it [L2 §2.2, §3.2.2].
 
-    Steps count from 0. UNSPECIFIED in L2: the shape of the warm-up; the floor outside §2.2.
+    Steps count from 0. UNSPECIFIED in L2: the warm-up's shape; SFT's warm-up and floor.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
