@@ -504,7 +504,7 @@ def rollout(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, 
 
 def generate(model, prompts, max_new_tokens, temperature=0.6, top_p=0.9, seed=None, stop=None,
              row_ids=None) -> list[list[int]]:
-    """Tokens only, at the released code's chat settings [code]; seed None draws one. See `rollout`."""
+    """Tokens only, at the released code's chat settings; seed None draws one. See `rollout`."""
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     return rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids)[0]
 

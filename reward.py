@@ -179,10 +179,10 @@ def compare(model, tokenizer, village, prompts: list, by: str, seed: str,
             max_new_tokens: int) -> list[dict]:
     """Rows of a preference file: two answers of different variants to each open dialogue.
 
-    The variants are two temperatures (DEVIATES: the paper's are also two models). Then `Annotator.comparisons` plants (replaces half or more of the
-    first answers) and labels: a wins with probability sigmoid(8 gap), gap = gold(a) - gold(b); the
-    rating, and with it the margin, is |gap| + N(0, .08) cut at .5, .25, .08. by: "helpful" or
-    "safe", the guidelines of the label.
+    The variants are two temperatures (DEVIATES: the paper's are also two models). Then
+    `Annotator.comparisons` plants (replaces half or more of the first answers) and labels: a wins
+    with probability sigmoid(8 gap), gap = gold(a) - gold(b); the rating, and with it the margin, is
+    |gap| + N(0, .08) cut at .5, .25, .08. by: "helpful" or "safe", the guidelines of the label.
     """
     rng = random.Random(f"compare {seed}")
     jobs = []  # (open dialogue, temperature), two neighbours for each prompt

@@ -330,7 +330,8 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
     """The paper's optimizer, betas .9, .95, eps 1e-5 [L2 §2.2; §3.2.2 reward models; §3.2.3 PPO].
 
     Of SFT, rejection and GAtt UNSPECIFIED in L2. Decay acts on matrices only: pulling the norms'
-    scales towards 0 would mute whole layers (UNSPECIFIED too). eps is 1e-5, not the usual 1e-8. lr may be a schedule's first value.
+    scales towards 0 would mute whole layers (UNSPECIFIED too). eps is 1e-5, not the usual 1e-8. lr
+    may be a schedule's first value.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": weight_decay},
