@@ -1023,8 +1023,8 @@ def summarize(out: Path) -> dict:
 def dig(numbers, *keys):
     """numbers[a][b]..., None where a key is missing; -1 is a list's last."""
     for key in keys:
-        if isinstance(numbers, list) and isinstance(key, int) and numbers:
-            numbers = numbers[key]
+        if isinstance(numbers, list) and isinstance(key, int):
+            numbers = numbers[key] if -len(numbers) <= key < len(numbers) else None
         else:
             numbers = numbers.get(key) if isinstance(numbers, dict) else None
     return numbers
