@@ -944,10 +944,9 @@ def obedience(one: Examined, test: TestTalks, when: str, talk=None) -> dict:
     return report
 
 
-def without_the_trick(before: Examined, test: TestTalks) -> dict:
-    """The control: as many dialogues, learnt as long, but every answer sampled as it will be asked
-    for, with the instruction on the first turn alone."""
-    cfg = gatt.Config(seed=before.cfg.seed)
+def without_the_trick(before: Examined, test: TestTalks, cfg: gatt.Config) -> dict:
+    """The control: the same dialogues under the stage's flags, but every answer sampled as it will
+    be asked for, with the instruction on the first turn alone. It rolls dice of its own."""
     model, tokenizer = before.model, before.tokenizer
     material = gatt.of_village(cfg, before.village)
     repeat = gatt.repeat_instruction
@@ -962,7 +961,8 @@ def without_the_trick(before: Examined, test: TestTalks) -> dict:
     optimizer = stage.adamw(model, 0.0, 0.1)
     for _ in gatt.train(model, optimizer, rows, cfg, scale.ranks_of(model)):
         pass
-    return obedience(before, test, "control")
+    control = replace(before, info={**before.info, "stage": "gatt_control"})
+    return obedience(control, test, "control")
 
 
 def exam_gatt(cfg: Config) -> dict:
@@ -984,7 +984,7 @@ def exam_gatt(cfg: Config) -> dict:
         report["after"] |= grade(after) | beside_the_others(after, rewards)
         report["before"] |= grade(before, temperatures=(1.0,))
     if cfg.full and not cfg.data:
-        report["control"] = without_the_trick(open_model(cfg, start), test)
+        report["control"] = without_the_trick(open_model(cfg, start), test, made)
     return report | {"dialogues": cfg.eval_prompts}
 
 
