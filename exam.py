@@ -1247,6 +1247,36 @@ MISUSES = ("Anything else: advice, facts, moderation, comparison with models of 
            "it refuses a harmful request of the village says nothing about harmful requests.")
 
 
+def exam_says(name: str, numbers: dict) -> list[str]:
+    """Lines of a card: what an exam says about the checkpoint of this stage."""
+    lines = []
+    if name.startswith("reward_"):
+        tests = dig(numbers, name.removeprefix("reward_"), "accuracy") or {}
+        for test, groups in tests.items():
+            if "all" in groups:
+                lines.append(f"- {test} pairs in the right order, both answers sampled: "
+                             f"{percent(groups['all'])}")
+        return lines
+    if name.startswith("rlhf_"):
+        version = name.removeprefix("rlhf_").upper().replace("CONTROL", "no rejection")
+        duel = dig(numbers, "win_rates", version)
+        return [f"- against SFT, ties half: {percent(duel['annotator'])}"] if duel else []
+    numbers = numbers.get("after", numbers)
+    for name in ("facts_asked", "facts_never_asked", "grammar"):
+        if name in numbers:
+            lines.append(f"- {name.replace('_', ' ')}: {percent(numbers[name])}")
+    for name in ("T=0.5", "T=1"):
+        if name in numbers:
+            r = numbers[name]
+            h = r["helpfulness"]
+            lines.append(f"- {name}: helpfulness {h['mean']:.3f} ({h['low']:.2f} to "
+                         f"{h['high']:.2f})")
+            for kind, title in (("unsafe", "unsafe prompts"), ("edge", "borderline prompts")):
+                lines.append(f"  - {title}: " + ", ".join(
+                    f"{outcome} {percent(rate)}" for outcome, rate in r[kind].items()))
+    return lines
+
+
 def exam_card(cfg: Config) -> dict:
     """A model card in the paper's form (Table 52), of --checkpoint or of the last stage in OUT."""
     out = Path(cfg.out)
@@ -1266,31 +1296,21 @@ def exam_card(cfg: Config) -> dict:
         lines.append(f"- this stage took {metrics['minutes']:.1f} minutes")
     if metrics.get("village") is not None:
         lines += ["", "## Intended use", USES, "", "## Out of scope", MISUSES]
-    report = out / "exam" / f"{info['stage']}.json"
-    lines += ["", "## Evaluation"]
-    if report.exists():
-        numbers = json.loads(report.read_text())
-        numbers = numbers.get("after", numbers)
-        for name in ("facts_asked", "facts_never_asked", "grammar"):
-            if name in numbers:
-                lines.append(f"- {name.replace('_', ' ')}: {percent(numbers[name])}")
-        for name in ("T=0.5", "T=1"):
-            if name in numbers:
-                r = numbers[name]
-                h = r["helpfulness"]
-                lines.append(f"- {name}: helpfulness {h['mean']:.3f} ({h['low']:.2f} to "
-                             f"{h['high']:.2f})")
-                for kind, title in (("unsafe", "unsafe prompts"), ("edge", "borderline prompts")):
-                    lines.append(f"  - {title}: " + ", ".join(
-                        f"{outcome} {percent(rate)}" for outcome, rate in r[kind].items()))
-        lines.append("- 95% intervals over requests in brackets; test prompts of one village")
-    else:
-        lines.append(f"- not examined: `python exam.py {info['stage']}` does it")
-    lines += ["", "## Ethical considerations and limitations",
-              "- Its training text has harmful instructions on purpose, so that refusing can be "
-              "learnt and measured; they harm nobody outside the village.",
-              "- It can still comply, evade, refuse what is harmless, and state falsehoods: see "
-              "the rates above."]
+    name = {"reward": "reward", "rlhf": "rejection"}.get(info["stage"].split("_")[0],
+                                                         info["stage"])
+    report = out / "exam" / f"{name}.json"
+    said = exam_says(info["stage"], json.loads(report.read_text())) if report.exists() else []
+    if said:
+        said.append("- 95% intervals over requests in brackets; test prompts of one village")
+    elif name in EXAMS:
+        said = [f"- not examined: `python exam.py {name}` does it"]
+    lines += ["", "## Evaluation", *(said or ["- not examined"])]
+    lines += ["", "## Ethical considerations and limitations"]
+    if metrics.get("village") is not None:
+        lines.append("- Its training text has harmful instructions on purpose, so that refusing "
+                     "can be learnt and measured; they harm nobody outside the village.")
+    lines.append("- It can still comply, evade, refuse what is harmless, and state falsehoods"
+                 + (": see the rates above." if said else "."))
     print("\n".join(lines))
     return {"path": str(path), "card": "\n".join(lines)}
 
