@@ -28,7 +28,7 @@ Differs from the paper:
 - All five versions come before PPO; the paper's V5 is rejection sampling and then PPO.
 - Every version starts from the SFT model.
 - Comparisons are between two versions at two temperatures; half of the first answers are planted
-  (village.Village.oddities).
+  (village.Village.plant).
 - Refreshing trains the reward models on instead of anew, with as many older comparisons.
 - Context distillation has one generic preprompt and no answer templates.
 """

@@ -441,7 +441,7 @@ def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, r
 
 
 def held_out(model, which: str, pairs: list[Pair]) -> dict:
-    """Accuracy on the model's own test pairs; of the safety model also RLHF's threshold."""
+    """Accuracy on the model's own held-out pairs; of the safety model also RLHF's threshold."""
     dialogs = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     scores = rollouts.scores(model, dialogs)  # (2N,)
     chosen, rejected = scores.chunk(2)
