@@ -1335,7 +1335,7 @@ def main(name: str, cfg: Config) -> dict:
     if name in OTHERS:
         return OTHERS[name](cfg)
     if cfg.full:
-        cfg.draws *= 2
+        cfg = replace(cfg, draws=2 * cfg.draws)
     out = Path(cfg.out)
     print(kernels.choose(cfg.kernels, M.pick_device(cfg.device)))
     report = EXAMS[name](cfg)
