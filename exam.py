@@ -1300,11 +1300,12 @@ def exam_card(cfg: Config) -> dict:
                                                          info["stage"])
     report = out / "exam" / f"{name}.json"
     said = exam_says(info["stage"], json.loads(report.read_text())) if report.exists() else []
+    lines += ["", "## Evaluation", *said]
     if said:
-        said.append("- 95% intervals over requests in brackets; test prompts of one village")
-    elif name in EXAMS:
-        said = [f"- not examined: `python exam.py {name}` does it"]
-    lines += ["", "## Evaluation", *(said or ["- not examined"])]
+        lines.append("- 95% intervals over requests in brackets; test prompts of one village")
+    else:
+        lines.append("- not examined" + (f": `python exam.py {name}` does it" if name in EXAMS
+                                         else ""))
     lines += ["", "## Ethical considerations and limitations"]
     if metrics.get("village") is not None:
         lines.append("- Its training text has harmful instructions on purpose, so that refusing "
