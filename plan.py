@@ -275,7 +275,7 @@ SETTINGS = [Setting(*row) for row in (
     ("ppo", "temperature", 1.0, all_sizes(1.0), OURS),
     ("ppo", "max_new_tokens", 80, all_sizes(1024), ANSWER),
     ("ppo", "kl_limit", 2.9, all_sizes(0), "none but beta, §3.2.3"),
-    ("ppo", "patience", 15, all_sizes(200), "§3.2.3: 200 to 400"),
+    ("ppo", "patience", 15, all_sizes(200), "ours: §3.2.3 runs 200+"),
     ("ppo", "CLIP", 0.2, all_sizes(0.2), "§3.2.3"),
     ("ppo", "VALUE_CLIP", 0.2, all_sizes(0.2), OURS),
     ("ppo", "GAMMA", 1.0, all_sizes(1.0), OURS),
