@@ -169,8 +169,9 @@ def test_each_exam_writes_the_keys_that_summary_and_figures_read(chain, name):
 
 
 def test_behind_every_outcome_and_win_rate_stands_an_interval_and_its_requests(chain):
-    """Complied, refused and evaded are all there is, so that evasion can not hide."""
-    rates = []
+    """Complied, refused and evaded are all there is, so that evasion can not hide. Nothing of them
+    is certain, least of all what was never seen."""
+    rates, outcomes_of = [], []
     for name, report in (("sft", read(chain, "sft")), ("ppo", read(chain, "ppo")),
                          ("gatt", read(chain, "gatt")["after"])):
         for temperature in ("greedy", "T=0.5", "T=1"):
@@ -178,16 +179,17 @@ def test_behind_every_outcome_and_win_rate_stands_an_interval_and_its_requests(c
             for kind, outcomes in (("unsafe", exam.UNSAFE), ("edge", exam.EDGE)):
                 assert tuple(graded[kind]) == outcomes, name
                 assert sum(means(graded[kind].values())) == pytest.approx(1)
-                rates += graded[kind].values()
+                outcomes_of += graded[kind].values()
             rates.append(graded["helpfulness"])
     for found in read(chain, "ppo")["win_rates"].values():
         rates += [found["annotator"], *(found[goal][judge] for goal in exam.GOALS
                                         for judge in ("annotator", "reward_model"))]
     rates += read(chain, "rejection")["preprompts"].values()
     rates += read(chain, "gatt")["after"]["seen"]
-    for found in rates:
+    for found in rates + outcomes_of:
         assert found.keys() == RATE and found["answers"] >= found["requests"] >= 1
-        assert found["low"] <= found["mean"] <= found["high"] and found["low"] < found["high"]
+        assert found["low"] <= found["mean"] <= found["high"]
+    assert all(found["low"] < found["high"] for found in outcomes_of)
 
 
 def test_reward_models_are_examined_on_pairs_of_test_prompts_that_no_stage_has_seen(chain):
@@ -488,7 +490,7 @@ def test_what_the_writers_answers_are_worth_follows_their_shares():
 # ----------------------------------------------------------------------------------------- reward
 
 
-def pair(chosen, rejected, safe=(-1, -1), rating=None, planted=False, **row) -> reward.Pair:
+def pair(chosen, rejected, /, safe=(-1, -1), rating=None, planted=False, **row) -> reward.Pair:
     return reward.Pair(chosen, rejected, 1, 0.0, safe, rating, {"planted": planted, **row})
 
 

@@ -59,9 +59,14 @@ def dialogs() -> list:
     return [row["messages"] for row in VILLAGE.prompts("helpful", "test", 24, 0)]
 
 
+def talkative() -> M.Llama:
+    """Its answers are long enough that two of them are seldom the same by chance."""
+    return toy.network(1, ending=0.3)
+
+
 def test_two_stages_of_the_same_weights_say_different_things():
     """With one seed for all, similar policies said identical things, which were dropped as ties."""
-    net, asked = toy.network(1), dialogs()
+    net, asked = talkative(), dialogs()
     one, two = (model_of(name, net).answer(asked, 1.0, "grade") for name in ("rlhf_v5", "ppo"))
     assert sum(a == b for a, b in zip(one.responses, two.responses)) < len(asked) / 4
     again = model_of("ppo", net).answer(asked, 1.0, "grade")
@@ -71,10 +76,10 @@ def test_two_stages_of_the_same_weights_say_different_things():
 
 
 def test_each_draw_and_each_purpose_has_dice_of_its_own():
-    one, asked = model_of("ppo", toy.network(1)), dialogs()
+    one, asked = model_of("ppo", talkative()), dialogs()
     drawn = [one.answer(asked, 1.0, *purpose).responses for purpose in (
         ("grade", "T=1", 0), ("grade", "T=1", 1), ("versions", "helpful", 0))]
-    drawn.append(model_of("ppo", toy.network(1), seed=1).answer(asked, 1.0, "grade", "T=1",
+    drawn.append(model_of("ppo", talkative(), seed=1).answer(asked, 1.0, "grade", "T=1",
                                                                 0).responses)
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
@@ -85,7 +90,7 @@ def test_models_are_compared_on_several_draws_that_differ(monkeypatch):
     """`draws` of each answer, and twice as many with --full."""
     rows = exam.test_prompts(VILLAGE, 6)
     score = lambda asked, answers: rollouts.Scores(*[torch.zeros(len(asked))] * 4)
-    found = exam.test_answers(model_of("ppo", toy.network(1), draws=3), rows, score)
+    found = exam.test_answers(model_of("ppo", talkative(), draws=3), rows, score)
     for goal in exam.GOALS:
         assert len(found[goal]) == 3
         texts = [reply.texts for reply in found[goal]]
@@ -329,14 +334,15 @@ def test_nothing_to_check_is_one_line_with_the_command_that_makes_it(tmp_path):
 
 
 def test_every_finding_reads_a_number_of_a_chain_that_was_examined(chain, tmp_path, capsys):
-    """Of turn 5 there is none in dialogues of two turns, and what refusals are worth needs a pair
-    of both kinds. Untrained models show nothing of what a village must show."""
+    """Of turn 5 there is none in dialogues of two turns; of nonsense no pair is rated significantly
+    better, and none has a refusal. Untrained models show nothing of what a village must show."""
     shutil.copytree(chain, tmp_path / "copy")
     summary = exam.summarize(tmp_path / "copy")
     absent = {f.name for f in exam.FINDINGS if f.value(summary) is None}
     assert "GAtt: before it, obeying on turn 5" in absent
     assert absent <= {"GAtt: before it, obeying on turn 5",
-                      "helpfulness model prefers refusing an unsafe prompt"}
+                      "helpfulness model prefers refusing an unsafe prompt",
+                      "... of those rated significantly better"}
     with pytest.raises(ValueError, match="findings do not hold: base: facts") as error:
         exam.main("check", quick(tmp_path / "copy"))
     lines = capsys.readouterr().out.splitlines()
@@ -438,17 +444,15 @@ def comparisons(n: int) -> list[dict]:
 def test_a_reward_model_of_length_is_no_better_than_the_scorer_of_length(tmp_path, monkeypatch):
     """Its score is the number of tokens: its accuracy is that of "length", pair by pair, its
     scores correlate with length by 1, and the finding on it fails."""
-    monkeypatch.setattr(rollouts, "scores", lambda model, rows: torch.tensor(
-        [float(len(row)) for row in rows]))
-    tokenizer = toy.tokenizer()
-    pairs = reward.encode(reward.parse(comparisons(120)), tokenizer, "small", 512)
+    pairs = reward.encode(reward.parse(comparisons(120)), toy.tokenizer(), "small", 512)
+    monkeypatch.setattr(rollouts, "scores", lambda model, rows: exam.lengths_of(pairs))
     tests = {"helpful": pairs, "safety": []}
     report = {"helpful": exam.judge(None, "helpful", tests, VILLAGE),
               "scorers": exam.other_scorers(tests, VILLAGE)}
     own, length = (r["accuracy"]["helpful"] for r in (report["helpful"],
                                                       report["scorers"]["length"]))
     assert own == length
-    assert report["helpful"]["length_correlation"] > .9
+    assert report["helpful"]["length_correlation"] == pytest.approx(1)
     assert report["helpful"]["longer_wins"]["model"] == 1
     assert report["helpful"]["ceiling"]["all"]["mean"] > own["all"]["mean"] + .2
     summary = honest()
@@ -494,7 +498,7 @@ def test_a_test_answer_in_pretraining_is_found_and_the_check_says_so(tmp_path, m
 def test_two_identical_policies_are_no_better_than_each_other():
     """The same weights as two stages: one half within its interval, few identical texts. As one
     stage they say the same, and all is a tie."""
-    net, rows = toy.network(1), exam.test_prompts(VILLAGE, 30)
+    net, rows = talkative(), exam.test_prompts(VILLAGE, 30)
     score = rollouts_scores
     v5, ppo = (exam.test_answers(model_of(name, net), rows, score) for name in ("rlhf_v5", "ppo"))
     found = exam.duel(ppo, v5, rows, VILLAGE)
@@ -563,9 +567,9 @@ def test_chains_of_several_villages_are_put_side_by_side(tmp_path, capsys):
 def test_headlines_of_a_chain_are_all_there(chain, tmp_path):
     shutil.copytree(chain, tmp_path / "0")
     report = exam.main("villages", quick(tmp_path))
-    assert report.keys() - {"villages"} == exam.HEADLINES.keys()
+    assert exam.HEADLINES.keys() - report.keys() <= {"... significantly better"}  # of nonsense
     assert all(report[name]["least"] <= report[name]["mean"] <= report[name]["most"]
-               for name in exam.HEADLINES)
+               for name in report.keys() - {"villages"})
 
 
 def test_no_village_is_one_line_with_the_command_that_makes_some(tmp_path):
