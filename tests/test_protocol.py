@@ -8,8 +8,10 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +29,7 @@ import toy
 import village as V
 from exam import Config, Examined, rate
 
+ROOT = Path(__file__).parent.parent
 VILLAGE = V.Village()
 ALONE = scale.Ranks(torch.device("cpu"))
 
@@ -570,6 +573,21 @@ def test_headlines_of_a_chain_are_all_there(chain, tmp_path):
     assert exam.HEADLINES.keys() - report.keys() <= {"... significantly better"}  # of nonsense
     assert all(report[name]["least"] <= report[name]["mean"] <= report[name]["most"]
                for name in report.keys() - {"villages"})
+
+
+def test_make_villages_makes_one_chain_after_another_and_puts_them_side_by_side(tmp_path):
+    """`make -n` says what it would run."""
+    done = subprocess.run(["make", "-n", "villages", "FROM=4", "TO=5", f"OUT={tmp_path}",
+                           f"PYTHON={sys.executable}"], capture_output=True, text=True,
+                          cwd=ROOT, timeout=600)
+    lines = done.stdout.splitlines()
+    first = [line.split(" --village ")[1] for line in lines if "pretrain.py --village" in line]
+    assert first == [f"{n} --out {tmp_path}/villages/{n} --resume" for n in (4, 5)], done.stderr
+    assert lines[-1].endswith(f"exam.py villages --out {tmp_path}/villages")
+    for number in (4, 5):
+        for name in exam.EXAMS:
+            assert any(line.endswith(f"exam.py {name} --out {tmp_path}/villages/{number}")
+                       for line in lines)
 
 
 def test_no_village_is_one_line_with_the_command_that_makes_some(tmp_path):

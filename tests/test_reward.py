@@ -590,6 +590,19 @@ def test_models_of_collected_comparisons_remember_the_village_and_their_flags(fo
     assert Config(**info["metrics"]["flags"]) == cfg and info["metrics"]["lineage"] == ["sft"]
 
 
+def test_reward_models_are_not_trained_on_in_another_village(folder, chat, tokenizer, monkeypatch):
+    M.save(folder / "sft.pt", chat, "sft", tokenizer.model_bytes, {"village": 5})
+    (folder / "older").mkdir()
+    for which in ("helpful", "safety"):
+        M.save(folder / "older" / f"reward_{which}.pt", scalar(chat), f"reward_{which}",
+               tokenizer.model_bytes, {"village": 4})
+    monkeypatch.setattr(reward, "collect_all", lambda *_: pytest.fail("went on"))
+    with pytest.raises(ValueError, match="trained in village 4, the chat model .* village 5"
+                       ) as error:
+        reward.main(quick(folder, resume_from=str(folder / "older")))
+    assert "\n" not in str(error.value)
+
+
 def test_an_unfinished_answer_is_no_answer(chat, tokenizer, monkeypatch):
     """A rollout whose rows end with EOS, and one that does not: the latter comes back empty."""
     def rollout(model, prompts, *arguments, row_ids, **options):
