@@ -369,10 +369,10 @@ def test_the_returned_policy_is_the_best_held_out_one(whole):
     assert held[final["step"]] == final["val_reward"]
 
 
-def course_of(folder, monkeypatch, held: list[tuple[float, float]], **flags):
-    """A run that evaluates every iteration and finds these (reward, KL from SFT): what it returns,
-    and the policies that it evaluated."""
-    monkeypatch.setattr(ppo, "EVERY", 1)
+def course_of(folder, monkeypatch, held: list[tuple[float, float]], every=1, **flags):
+    """A run that evaluates now and then and finds these (reward, KL from SFT), the first of them
+    before it begins: what it returns, and the policies that it evaluated."""
+    monkeypatch.setattr(ppo, "EVERY", every)
     found = iter([{"val_reward": reward, "kl_sft": kl, "kl_start": kl} for reward, kl in held])
     policies = []
 
@@ -381,12 +381,13 @@ def course_of(folder, monkeypatch, held: list[tuple[float, float]], **flags):
         return {**next(found)}
 
     monkeypatch.setattr(ppo, "held_out", held_out)
-    return ppo.main(toy_config(folder, iterations=len(held), **flags)), policies
+    cfg = toy_config(folder, iterations=every * (len(held) - 1), **flags)
+    return ppo.main(cfg), policies
 
 
 def test_a_policy_beyond_the_kl_limit_is_never_returned(folder, monkeypatch, capsys):
-    final, policies = course_of(folder, monkeypatch, [(0.0, 0.0), (1.0, 0.4), (9.0, 0.6)],
-                                kl_limit=0.5)
+    final, policies = course_of(folder, monkeypatch, [(0.0, 0.0), (1.0, 0.4), (9.0, 0.6),
+                                                     (9.0, 0.4)], kl_limit=0.5)
     assert (final["step"], final["val_reward"], final["kl_sft"]) == (1, 1.0, 0.4)
     assert len(policies) == 3  # and the third iteration was not run
     assert toy.same(toy.weights(folder / "ppo.pt"), policies[1])
@@ -396,9 +397,8 @@ def test_a_policy_beyond_the_kl_limit_is_never_returned(folder, monkeypatch, cap
 
 def test_without_a_kl_limit_no_policy_is_too_far(folder, monkeypatch, capsys):
     """The paper has none but the KL in the reward; nor is the distance a matter of health then."""
-    held = [(0.0, 0.0), (1.0, 40.0), (2.0, 90.0)]
-    final, policies = course_of(folder, monkeypatch, [*held, (0.0, 0.0)], kl_limit=0.0,
-                                patience=99)
+    held = [(0.0, 0.0), (1.0, 40.0), (2.0, 90.0), (0.0, 0.0)]
+    final, policies = course_of(folder, monkeypatch, held, kl_limit=0.0, patience=99)
     assert (final["step"], final["kl_sft"]) == (2, 90.0)
     printed = capsys.readouterr().out
     assert "stopped" not in printed and "runs away" not in printed
@@ -413,6 +413,14 @@ def test_patience_ends_a_run_that_does_not_get_better_and_says_so(folder, monkey
     assert final["step"] == 1 and len(policies) == 4
     stop, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
     assert stop == "stopped at iteration 3: the held-out reward has not risen for 2 iterations"
+
+
+def test_patience_is_not_lost_before_the_reward_was_looked_at(folder, monkeypatch, capsys):
+    """Every third iteration is evaluated: a patience of one is over at the third, not at once."""
+    final, policies = course_of(folder, monkeypatch, [(1.0, 0.0), (0.5, 0.1), (0.4, 0.1)], every=3,
+                                kl_limit=0.5, patience=1)
+    assert final["step"] == 0 and len(policies) == 2
+    assert "stopped at iteration 3: the held-out reward" in capsys.readouterr().out
 
 
 def test_a_kill_and_resume_give_the_same_numbers(folder, whole, monkeypatch):
