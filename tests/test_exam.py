@@ -1008,6 +1008,23 @@ def test_a_full_dialogue_leaves_and_the_others_go_on_while_they_are_half(monkeyp
 # ---- beside the other stages ---------------------------------------------------------------------
 
 
+def test_ghost_attentions_model_is_scored_by_the_reward_models_that_its_start_names(
+        chain, tmp_path, monkeypatch):
+    shutil.copy(chain / "gatt.pt", tmp_path / "gatt.pt")
+    model, info = M.load(chain / "ppo.pt", "cpu")
+    M.save(tmp_path / "ppo.pt", model, "ppo", info["tokenizer"],
+           {**info["metrics"], "rewards": "refreshed_7"})
+    monkeypatch.setattr(exam, "obedience", lambda one, *_: {"talk": TALK, "who": one.stage})
+    monkeypatch.setattr(exam, "grade", lambda one, **_: {"graded": one.stage})
+    monkeypatch.setattr(exam, "beside_the_others", lambda one, rewards: {"kl": (one.stage, rewards)})
+    report = exam.exam_gatt(quick(tmp_path))
+    assert report["after"]["kl"] == ("gatt", "refreshed_7") and "kl" not in report["before"]
+    assert (report["before"]["graded"], report["after"]["graded"]) == ("ppo", "gatt")
+    assert "control" not in report, "with --full alone: it trains"
+    monkeypatch.setattr(exam, "without_the_trick", lambda one, test, made: (one.stage, made.turns))
+    assert exam.exam_gatt(quick(tmp_path, full=True))["control"] == ("ppo", 2)
+
+
 def test_kl_and_rewards_are_measured_by_what_the_folder_holds(tmp_path, tokenizer):
     net, other = (M.Llama(SHAPE).init_weights(seed) for seed in (3, 4))
     kernels.choose("torch", torch.device("cpu"))
