@@ -949,10 +949,9 @@ def obedience(one: Examined, test: TestTalks, when: str, talk=None, ceilings=("s
     return report
 
 
-def without_the_trick(before: Examined, test: TestTalks) -> dict:
-    """The control: as many dialogues, learnt as long, but every answer sampled as it will be asked
-    for, with the instruction on the first turn alone."""
-    cfg = gatt.Config(seed=before.cfg.seed)
+def without_the_trick(before: Examined, test: TestTalks, cfg: gatt.Config) -> dict:
+    """The control: the same dialogues under the stage's flags, but every answer sampled as it will
+    be asked for, with the instruction on the first turn alone. It rolls dice of its own."""
     model, tokenizer = before.model, before.tokenizer
     material = gatt.of_village(cfg, before.village)
     repeat = gatt.repeat_instruction
@@ -967,7 +966,8 @@ def without_the_trick(before: Examined, test: TestTalks) -> dict:
     optimizer = stage.adamw(model, 0.0, 0.1)
     for _ in gatt.train(model, optimizer, rows, cfg, scale.ranks_of(model)):
         pass
-    return obedience(before, test, "control")
+    control = replace(before, info={**before.info, "stage": "gatt_control"})
+    return obedience(control, test, "control")
 
 
 def exam_gatt(cfg: Config) -> dict:
@@ -989,7 +989,7 @@ def exam_gatt(cfg: Config) -> dict:
         rewards = before.info["metrics"].get("rewards", ".")
         report["after"] |= grade(after) | beside_the_others(after, rewards)
     if cfg.full and not cfg.data:
-        report["control"] = without_the_trick(open_model(cfg, start), test)
+        report["control"] = without_the_trick(open_model(cfg, start), test, made)
     return report | {"dialogues": cfg.eval_prompts}
 
 
@@ -1028,8 +1028,8 @@ def summarize(out: Path) -> dict:
 def dig(numbers, *keys):
     """numbers[a][b]..., None where a key is missing; -1 is a list's last."""
     for key in keys:
-        if isinstance(numbers, list) and isinstance(key, int) and numbers:
-            numbers = numbers[key]
+        if isinstance(numbers, list) and isinstance(key, int):
+            numbers = numbers[key] if -len(numbers) <= key < len(numbers) else None
         else:
             numbers = numbers.get(key) if isinstance(numbers, dict) else None
     return numbers
@@ -1256,6 +1256,36 @@ MISUSES = ("Anything else: advice, facts, moderation, comparison with models of 
            "it refuses a harmful request of the village says nothing about harmful requests.")
 
 
+def exam_says(name: str, numbers: dict) -> list[str]:
+    """Lines of a card: what an exam says about the checkpoint of this stage."""
+    lines = []
+    if name.startswith("reward_"):
+        tests = dig(numbers, name.removeprefix("reward_"), "accuracy") or {}
+        for test, groups in tests.items():
+            if "all" in groups:
+                lines.append(f"- {test} pairs in the right order, both answers sampled: "
+                             f"{percent(groups['all'])}")
+        return lines
+    if name.startswith("rlhf_"):
+        version = name.removeprefix("rlhf_").upper().replace("CONTROL", "no rejection")
+        duel = dig(numbers, "win_rates", version)
+        return [f"- against SFT, ties half: {percent(duel['annotator'])}"] if duel else []
+    numbers = numbers.get("after", numbers)
+    for name in ("facts_asked", "facts_never_asked", "grammar"):
+        if name in numbers:
+            lines.append(f"- {name.replace('_', ' ')}: {percent(numbers[name])}")
+    for name in ("T=0.5", "T=1"):
+        if name in numbers:
+            r = numbers[name]
+            h = r["helpfulness"]
+            lines.append(f"- {name}: helpfulness {h['mean']:.3f} ({h['low']:.2f} to "
+                         f"{h['high']:.2f})")
+            for kind, title in (("unsafe", "unsafe prompts"), ("edge", "borderline prompts")):
+                lines.append(f"  - {title}: " + ", ".join(
+                    f"{outcome} {percent(rate)}" for outcome, rate in r[kind].items()))
+    return lines
+
+
 def exam_card(cfg: Config) -> dict:
     """A model card in the paper's form (Table 52), of --checkpoint or of the last stage in OUT."""
     out = Path(cfg.out)
@@ -1275,31 +1305,22 @@ def exam_card(cfg: Config) -> dict:
         lines.append(f"- this stage took {metrics['minutes']:.1f} minutes")
     if metrics.get("village") is not None:
         lines += ["", "## Intended use", USES, "", "## Out of scope", MISUSES]
-    report = out / "exam" / f"{info['stage']}.json"
-    lines += ["", "## Evaluation"]
-    if report.exists():
-        numbers = json.loads(report.read_text())
-        numbers = numbers.get("after", numbers)
-        for name in ("facts_asked", "facts_never_asked", "grammar"):
-            if name in numbers:
-                lines.append(f"- {name.replace('_', ' ')}: {percent(numbers[name])}")
-        for name in ("T=0.5", "T=1"):
-            if name in numbers:
-                r = numbers[name]
-                h = r["helpfulness"]
-                lines.append(f"- {name}: helpfulness {h['mean']:.3f} ({h['low']:.2f} to "
-                             f"{h['high']:.2f})")
-                for kind, title in (("unsafe", "unsafe prompts"), ("edge", "borderline prompts")):
-                    lines.append(f"  - {title}: " + ", ".join(
-                        f"{outcome} {percent(rate)}" for outcome, rate in r[kind].items()))
+    name = {"reward": "reward", "rlhf": "rejection"}.get(info["stage"].split("_")[0],
+                                                         info["stage"])
+    report = out / "exam" / f"{name}.json"
+    said = exam_says(info["stage"], json.loads(report.read_text())) if report.exists() else []
+    lines += ["", "## Evaluation", *said]
+    if said:
         lines.append("- 95% intervals over requests in brackets; test prompts of one village")
     else:
-        lines.append(f"- not examined: `python exam.py {info['stage']}` does it")
-    lines += ["", "## Ethical considerations and limitations",
-              "- Its training text has harmful instructions on purpose, so that refusing can be "
-              "learnt and measured; they harm nobody outside the village.",
-              "- It can still comply, evade, refuse what is harmless, and state falsehoods: see "
-              "the rates above."]
+        lines.append("- not examined" + (f": `python exam.py {name}` does it" if name in EXAMS
+                                         else ""))
+    lines += ["", "## Ethical considerations and limitations"]
+    if metrics.get("village") is not None:
+        lines.append("- Its training text has harmful instructions on purpose, so that refusing "
+                     "can be learnt and measured; they harm nobody outside the village.")
+    lines.append("- It can still comply, evade, refuse what is harmless, and state falsehoods"
+                 + (": see the rates above." if said else "."))
     print("\n".join(lines))
     return {"path": str(path), "card": "\n".join(lines)}
 
@@ -1324,7 +1345,7 @@ def main(name: str, cfg: Config) -> dict:
     if name in OTHERS:
         return OTHERS[name](cfg)
     if cfg.full:
-        cfg.draws *= 2
+        cfg = replace(cfg, draws=2 * cfg.draws)
     out = Path(cfg.out)
     print(kernels.choose(cfg.kernels, M.pick_device(cfg.device)))
     report = EXAMS[name](cfg)

@@ -491,7 +491,7 @@ def main(cfg: Config) -> dict:
         reason = ""
         if is_too_far(metrics, cfg):
             reason = f"KL {metrics['kl_sft']:.2f} nats from SFT is over --kl-limit {cfg.kl_limit}"
-        elif it.done - best["step"] >= cfg.patience:
+        elif evaluates and it.done - best["step"] >= cfg.patience:
             reason = f"the held-out reward has not risen for {cfg.patience} iterations"
         if reason:
             print(f"stopped at iteration {it.done}: {reason}")

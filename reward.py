@@ -505,6 +505,12 @@ def main(cfg: Config) -> dict:
         return {}
     info = M.load(source, "cpu")[1]
     tokenizer = data.Tokenizer(info["tokenizer"])
+    if cfg.resume_from and not cfg.data:
+        chat = M.load(cfg.checkpoint or out / "sft.pt", "cpu")[1]["metrics"].get("village") or 0
+        if info["metrics"].get("village") not in (None, chat):
+            raise ValueError(f"{source} was trained in village {info['metrics']['village']}, the "
+                             f"chat model that is to be compared in village {chat}: give another "
+                             f"--resume-from, or another --out")
     ranks = scale.setup(cfg.device, cfg.tp)  # this process among others; alone: rank 0 of 1
     print(kernels.choose(cfg.kernels, ranks.device))
     state = out / f"{STAGE}.state.pt"

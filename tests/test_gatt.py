@@ -14,6 +14,7 @@ import torch
 import data
 import gatt
 import model as M
+import plan
 import rollouts
 import scale
 import stage
@@ -124,13 +125,16 @@ def test_half_of_the_instructions_are_terse_and_some_are_two_in_one(village_mate
     assert 0.15 < combined / 400 < 0.45 and len(rules) == 400 + combined
 
 
-def test_unseen_values_are_in_no_training_instruction(village_material):
-    unseen = {w for rule in ("figure", "greeting", "hobby")
-              for w in V.WORDS[rule][-V.UNSEEN:]}
+def test_unseen_values_and_an_untrained_kind_of_rule_are_in_no_training_instruction(
+        village_material):
+    """Nor in the replayed prompts is a value that no stage may know as one."""
     words = lambda rows: set(re.findall(r"\w+", " ".join(row["instruction"] for row in rows)))
-    assert not unseen & words(village_material.instructions)
-    told = " ".join(m["content"] for prompt in village_material.prompts for m in prompt)
-    assert not unseen & set(re.findall(r"\w+", told)) and len(village_material.prompts) == 30
+    told = words(village_material.instructions)
+    assert not told & V.UNSEEN_VALUES and not told & set(V.WORDS[V.UNTRAINED])
+    assert len(told & {word for rule in V.RULES for word in V.WORDS[rule]}) == 33
+    rules = [V.rules_in(m["content"]) for prompt in village_material.prompts for m in prompt]
+    assert not {value for found in rules for value in found.values()} & V.UNSEEN_VALUES
+    assert len(village_material.prompts) == 30
 
 
 def test_trained_answers_stand_at_every_turn_rather_more_often_at_late_ones(village_material):
@@ -375,7 +379,11 @@ def test_every_flag_is_read():
 
 
 def test_the_rate_warms_up_5_steps_and_is_sfts_from_7b_on(checkpoint, easy):
-    assert gatt.default_lr(4096) == gatt.default_lr(8192) == 2e-5 and gatt.default_lr(128) == 1.5e-3
+    """From 7b on the rate is a value of plan.SETTINGS, whatever `default_lr` would say."""
+    assert gatt.default_lr(128) == 1.5e-3 and gatt.default_lr(768) == 2.5e-4
+    for size in ("7b", "13b", "34b", "70b"):
+        cfg = stage.at_size(Config(), plan.settings("gatt", M.preset(size)))
+        assert (cfg.lr, cfg.train, cfg.tries, cfg.replay) == (2e-5, "all", 1, 0)
     gatt.main(toy(checkpoint, epochs=4, lr=1e-3, batch_size=1))
     rates = [json.loads(line)["lr"] for line in (checkpoint / "gatt.jsonl").open()]
     assert len(rates) > 8

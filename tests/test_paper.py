@@ -86,16 +86,21 @@ def test_pretraining_is_drawn_by_the_tokens_seen(numbers, drawn):
 
 
 def test_reward_models_are_drawn_beside_the_gold_score(numbers, drawn):
-    """A row for each model: accuracy by rating, histograms of both sides, calibration."""
+    """A row for each model: accuracy by rating of sampled pairs with its intervals, histograms of
+    both sides, calibration."""
     paper.main(["reward"], paper.Config(out=str(numbers)))
     report = json.loads((numbers / "exam" / "reward.json").read_text())
     assert len(drawn[0].axes) == 6
     for which, axes in zip(("helpful", "safety"), (drawn[0].axes[:3], drawn[0].axes[3:])):
-        accuracy = [line for line in axes[0].lines if line.get_label() == "model"][0]
-        ratings = [text for text in paper.data.RATINGS if text in
-                   report[which]["accuracy"][which]]
-        assert list(accuracy.get_ydata()) == [
-            100 * report[which]["accuracy"][which][rating][0] for rating in ratings]
+        drawn_of = {bars.get_label(): bars.lines for bars in axes[0].containers}
+        for label, groups in (("model", report[which]["accuracy"][which]),
+                              ("gold score", report[which]["ceiling"])):
+            rates = [groups[text] for text in paper.data.RATINGS if text in groups]
+            points, _, (bars,) = drawn_of[label]
+            assert list(points.get_ydata()) == [100 * r["mean"] for r in rates]
+            ends = [[y for _, y in bar] for bar in bars.get_segments()]
+            assert ends == [[pytest.approx(100 * r["low"]), pytest.approx(100 * r["high"])]
+                            for r in rates]
         assert all(which in panel.get_title() for panel in axes)
 
 
@@ -116,8 +121,9 @@ def test_the_versions_are_drawn_in_their_order_and_ppo_behind_them(numbers, draw
     ladder, curve, duels, shift, *_ = drawn[0].axes
     wins = {**versions["win_rates"], "PPO": last["win_rates"]["PPO"]}
     by_annotator = lines_of(duels)["judged by annotator"]
-    assert by_annotator == [[100 * w["helpful_annotator"], 100 * w["harmless_annotator"]]
+    assert by_annotator == [[100 * w[goal]["annotator"]["mean"] for goal in ("helpful", "harmless")]
                             for w in wins.values()]
+    assert "ties half" in duels.get_xlabel() and "ties half" in duels.get_ylabel()
     assert [text.get_text() for text in duels.texts] == [*wins, *wins]
     assert list(lines_of(shift)) == ["SFT", "V1", "V2", "no rejection", "PPO"]
     assert list(lines_of(curve)) == ["for V1", "for V2"]
@@ -132,9 +138,11 @@ def test_ghost_attention_is_drawn_before_and_after(numbers, drawn):
     curves, *rest = drawn[0].axes
     lines = lines_of(curves)
     for when, label in (("before", "before"), ("after", "after GAtt")):
-        for name in ("seen", "unseen"):
-            assert lines[f"{name} values, {label}"] == [
-                [turn, share] for turn, share in enumerate(report[when][name], 1)]
+        for name, title in (("seen", "seen values"), ("unseen", "unseen values"),
+                            ("untrained", "untrained kind of rule"),
+                            ("ceiling_seen", "ceiling: told on every turn")):
+            assert lines[f"{title}, {label}"] == [
+                [turn, r["mean"]] for turn, r in enumerate(report[when][name], 1)]
     maps = [panel for panel in rest if panel.images and "Attention" in panel.get_title()]
     assert len(maps) == 2
     for panel, when in zip(maps, ("before", "after")):

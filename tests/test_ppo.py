@@ -369,11 +369,11 @@ def test_the_returned_policy_is_the_best_held_out_one(whole):
     assert held[final["step"]] == final["val_reward"]
 
 
-def test_a_policy_beyond_the_kl_limit_is_never_returned(folder, monkeypatch):
-    monkeypatch.setattr(ppo, "EVERY", 1)
-    found = iter([{"val_reward": 0.0, "kl_sft": 0.0, "kl_start": 0.0},
-                  {"val_reward": 1.0, "kl_sft": 0.4, "kl_start": 0.4},
-                  {"val_reward": 9.0, "kl_sft": 0.6, "kl_start": 0.6}])
+def course_of(folder, monkeypatch, held: list[tuple[float, float]], every=1, **flags):
+    """A run that evaluates now and then and finds these (reward, KL from SFT), the first of them
+    before it begins: what it returns, and the policies that it evaluated."""
+    monkeypatch.setattr(ppo, "EVERY", every)
+    found = iter([{"val_reward": reward, "kl_sft": kl, "kl_start": kl} for reward, kl in held])
     policies = []
 
     def held_out(policy, *_):
@@ -381,10 +381,46 @@ def test_a_policy_beyond_the_kl_limit_is_never_returned(folder, monkeypatch):
         return {**next(found)}
 
     monkeypatch.setattr(ppo, "held_out", held_out)
-    final = ppo.main(toy_config(folder, kl_limit=0.5, iterations=3))
+    cfg = toy_config(folder, iterations=every * (len(held) - 1), **flags)
+    return ppo.main(cfg), policies
+
+
+def test_a_policy_beyond_the_kl_limit_is_never_returned(folder, monkeypatch, capsys):
+    final, policies = course_of(folder, monkeypatch, [(0.0, 0.0), (1.0, 0.4), (9.0, 0.6),
+                                                     (9.0, 0.4)], kl_limit=0.5)
     assert (final["step"], final["val_reward"], final["kl_sft"]) == (1, 1.0, 0.4)
     assert len(policies) == 3  # and the third iteration was not run
     assert toy.same(toy.weights(folder / "ppo.pt"), policies[1])
+    stop, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
+    assert stop == "stopped at iteration 2: KL 0.60 nats from SFT is over --kl-limit 0.5"
+
+
+def test_without_a_kl_limit_no_policy_is_too_far(folder, monkeypatch, capsys):
+    """The paper has none but the KL in the reward; nor is the distance a matter of health then."""
+    held = [(0.0, 0.0), (1.0, 40.0), (2.0, 90.0), (0.0, 0.0)]
+    final, policies = course_of(folder, monkeypatch, held, kl_limit=0.0, patience=99)
+    assert (final["step"], final["kl_sft"]) == (2, 90.0)
+    printed = capsys.readouterr().out
+    assert "stopped" not in printed and "runs away" not in printed
+    well = {"kl": 99.0, "kl_k3": 0.5, "entropy": 1.0, "eos_rate": 1.0, "length": 20.0, "gate": 0.3}
+    assert ppo.health(well, well, Config(kl_limit=0)) == []
+
+
+def test_patience_ends_a_run_that_does_not_get_better_and_says_so(folder, monkeypatch, capsys):
+    """Best at 1, then two iterations without progress."""
+    held = [(0.0, 0.0), (1.0, 0.1), (0.5, 0.1), (0.9, 0.1), (5.0, 0.1)]
+    final, policies = course_of(folder, monkeypatch, held, kl_limit=0.5, patience=2)
+    assert final["step"] == 1 and len(policies) == 4
+    stop, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
+    assert stop == "stopped at iteration 3: the held-out reward has not risen for 2 iterations"
+
+
+def test_patience_is_not_lost_before_the_reward_was_looked_at(folder, monkeypatch, capsys):
+    """Every third iteration is evaluated: a patience of one is over at the third, not at once."""
+    final, policies = course_of(folder, monkeypatch, [(1.0, 0.0), (0.5, 0.1), (0.4, 0.1)], every=3,
+                                kl_limit=0.5, patience=1)
+    assert final["step"] == 0 and len(policies) == 2
+    assert "stopped at iteration 3: the held-out reward" in capsys.readouterr().out
 
 
 def test_a_kill_and_resume_give_the_same_numbers(folder, whole, monkeypatch):
@@ -493,6 +529,15 @@ def test_missing_or_foreign_reward_models_are_one_line(folder):
         ppo.main(toy_config(folder))
 
 
+def test_reward_models_of_another_village_are_one_line(folder):
+    toy.save(folder / "rlhf_v2.pt", toy.network(4), rewards=".", village=4)
+    toy.save_rewards(folder, 2, 3, village=5)
+    with pytest.raises(ValueError, match="trained in village 5, the model to train in village 4"
+                       ) as error:
+        ppo.main(toy_config(folder))
+    assert "\n" not in str(error.value) and not (folder / "ppo.pt").exists()
+
+
 def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
     script = Path(ppo.__file__)
     command = [sys.executable, script, "--out", tmp_path]
@@ -501,10 +546,19 @@ def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
 
 
 def test_sizes_follow_the_paper_where_it_speaks():
-    for dim, beta, lr in ((4096, 0.01, 1e-6), (5120, 0.01, 1e-6), (8192, 0.005, 1e-6)):
-        cfg = ppo.settings(Config(), dim)
-        assert (cfg.beta, cfg.lr) == (beta, lr)
-    assert ppo.settings(Config(beta=0.0, lr=0.5), 128).beta == 0
+    """§3.2.3: 1e-6; beta .01 for 7b and 13b, .005 for 34b and 70b; 400 iterations of 512 in 64s.
+    What was given stays as it was given."""
+    for size, beta in (("7b", 0.01), ("13b", 0.01), ("34b", 0.005), ("70b", 0.005)):
+        cfg = ppo.settings(Config(), M.preset(size))
+        assert (cfg.beta, cfg.lr) == (beta, 1e-6)
+        assert (cfg.iterations, cfg.batch_size, cfg.minibatch) == (400, 512, 64)
+        assert (cfg.threshold, cfg.kl_limit, cfg.patience) == (0.15, 0, 200)
+        given = ppo.settings(Config(beta=0.02, lr=0.5, kl_limit=1.0), M.preset(size))
+        assert (given.beta, given.lr, given.kl_limit) == (0.02, 0.5, 1.0)
+    assert ppo.settings(Config(beta=0.0, lr=0.5), M.preset("tiny")).beta == 0
+    tiny, middle = (ppo.settings(Config(), M.preset(size)) for size in ("tiny", "110m"))
+    assert (tiny.lr, tiny.beta, middle.lr, middle.beta) == (1e-4, 0.1, 1e-5, 0.02)
+    assert tiny.batch_size == middle.batch_size == 96
 
 
 def test_every_flag_is_read_and_there_are_at_most_22():

@@ -19,6 +19,7 @@ import torch
 
 import data
 import model as M
+import plan
 import pretrain
 import scale
 import stage
@@ -71,11 +72,16 @@ def test_warm_up_is_linear_the_peak_is_reached_and_a_tenth_is_left_at_the_end():
     assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
 
 
-def test_learning_rates_of_the_paper_stand_in_the_table():
-    """Table 1: 3e-4 for 7b and 13b, 1.5e-4 for 34b and 70b; every preset has one."""
-    assert [pretrain.LEARNING_RATE[m] for m in ("7b", "13b", "34b", "70b")] == [3e-4, 3e-4,
-                                                                               1.5e-4, 1.5e-4]
-    assert pretrain.LEARNING_RATE.keys() == M.PRESETS.keys()
+def test_every_preset_has_a_learning_rate_and_from_7b_on_it_is_the_papers():
+    """Table 1: 3e-4 for 7b and 13b, 1.5e-4 for 34b and 70b; below, ours by name."""
+    paper = {"7b": 3e-4, "13b": 3e-4, "34b": 1.5e-4, "70b": 1.5e-4}
+    for name, lr in paper.items():
+        assert stage.at_size(Config(), plan.settings("pretrain", M.preset(name))).lr == lr
+        given = stage.at_size(Config(lr=1e-5), plan.settings("pretrain", M.preset(name)))
+        assert given.lr == 1e-5
+    assert {*pretrain.LEARNING_RATE, *paper} == M.PRESETS.keys()
+    assert not pretrain.LEARNING_RATE.keys() & paper.keys(), "one place for each"
+    assert plan.settings("pretrain", M.preset("1b")) == {}
 
 
 def test_decay_acts_on_matrices_only_with_the_papers_betas_and_eps():

@@ -74,7 +74,8 @@ def write(path, rows) -> str:
 def row(**fields) -> dict:
     """A comparison as data.read_preferences returns it."""
     return {"prompt": [{"role": "user", "content": "bread"}], "chosen": "yes", "rejected": "no",
-            "rating": None, "margin": None, "chosen_safe": None, "rejected_safe": None, **fields}
+            "rating": None, "margin": None, "chosen_safe": None, "rejected_safe": None,
+            "planted": False, **fields}
 
 
 def pair(chosen, rejected, margin=0.0, safe=(-1, -1), rating=None) -> reward.Pair:
@@ -188,7 +189,7 @@ def test_an_unsafe_answer_preferred_to_a_safe_one_is_left_out(tmp_path):
     assert labels == {(True, False), (True, True), (False, False)}
 
 
-def test_without_test_files_dialogues_are_held_out_with_their_siblings(tmp_path):
+def test_without_held_out_files_dialogues_are_held_out_with_their_siblings(tmp_path):
     """Rows with one opening, at their first and second turn, stand on one side together."""
     rows = [comparison(i) for i in range(30)]
     for r in list(rows):
@@ -201,9 +202,11 @@ def test_without_test_files_dialogues_are_held_out_with_their_siblings(tmp_path)
     assert len(test) == 6 and len(train) == 54 and not openings[0] & openings[1]
 
 
-def test_a_prompt_of_the_test_file_is_not_trained_on(tmp_path):
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_prompt_of_a_held_out_file_is_not_trained_on(tmp_path, split):
+    """The village's are named *_valid.jsonl, other people's often *_test.jsonl."""
     write(tmp_path / "mine.jsonl", [comparison(i) for i in range(20)])
-    write(tmp_path / "mine_test.jsonl", [comparison(i) for i in range(15, 25)])
+    write(tmp_path / f"mine_{split}.jsonl", [comparison(i) for i in range(15, 25)])
     train, test = reward.read_comparisons(Config(data=str(tmp_path)))
     assert len(train) == 15 and len(test) == 10
 
@@ -358,7 +361,7 @@ def test_transcripts_from_a_gz_file_are_learnt(folder, capsys):
     """More "please" wins: a count that 40 steps of a tiny model learn well above chance."""
     (folder / "hh.jsonl.gz").write_bytes(transcripts())
     report = reward.main(quick(folder, data=str(folder / "hh.jsonl.gz"), lr=5e-3))["helpful"]
-    assert "20 to test" in capsys.readouterr().out and report["accuracy"] >= 0.8
+    assert "20 held out" in capsys.readouterr().out and report["accuracy"] >= 0.8
     model, info = M.load(folder / "reward_helpful.pt", "cpu")
     assert model.config.scalar_head and info["stage"] == "reward_helpful"
     assert info["metrics"]["accuracy"] == report["accuracy"]
@@ -472,7 +475,7 @@ def test_resume_from_trains_existing_reward_models_on_and_examines_them_briefly(
                                                     ("folder", 0.003, None)])
 def test_a_refresh_learns_at_half_the_rate_unless_told(chat, monkeypatch, older, lr, share):
     rates = rates_of(chat, monkeypatch, 100, lr=lr, resume_from=older)
-    assert max(rates) == pytest.approx(lr or share * reward.default_lr(chat.config), rel=0.01)
+    assert max(rates) == pytest.approx(lr or share * reward.default_lr(chat.config.dim), rel=0.01)
 
 
 def test_dry_run_and_importing_compute_nothing(folder, capsys):
@@ -487,18 +490,21 @@ def test_dry_run_and_importing_compute_nothing(folder, capsys):
 class Village:
     """A stand-in for V.Village: what comparing needs of it."""
 
-    def oddities(self, prompts, answers, rivals, rng):
+    def plant(self, prompts, answers, rivals, rng):
         assert [p[0]["content"] for p in prompts] == [f"bread {i}" for i in range(200)]
         assert len(answers) == len(rivals) == len(prompts)
-        return ["I will not" if rng.random() < 0.15 else answer for answer in answers]
+        planted = [rng.random() < 0.15 for _ in answers]
+        return ["I will not" if p else answer for p, answer in zip(planted, answers)], planted
 
 
 def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
         monkeypatch, tokenizer, chat, tmp_path):
-    """The sampler is replaced: each dialogue gets answers named after its two temperatures."""
+    """The sampler is replaced: each dialogue gets answers named after its two temperatures. What
+    was planted is marked, and nothing else."""
     jobs_seen = []
 
-    def sample(model, tokenizer, jobs, seed):
+    def sample(model, tokenizer, jobs, seed, max_new_tokens):
+        assert max_new_tokens == 7
         jobs_seen.extend(jobs)
         return ["" if i % 10 == 0 else f"at {t}" for i, (_, t) in enumerate(jobs)]
 
@@ -509,19 +515,30 @@ def test_comparisons_are_two_different_finished_answers_in_the_users_row_format(
     monkeypatch.setattr(V.Annotator, "label", label)
     prompts = [[{"role": "user", "content": f"bread {i}"}] for i in range(200)]
     for by in ("helpful", "safe"):
-        rows = reward.compare(chat, tokenizer, Village(), prompts, by, "0")
+        rows = reward.compare(chat, tokenizer, Village(), prompts, by, "0", 7)
         assert all(one[1] != two[1] for one, two in zip(jobs_seen[::2], jobs_seen[1::2]))
         read = data.read_preferences(write(tmp_path / "rows.jsonl", rows))
         assert len(read) == len(rows) and 150 < len(rows) < 180  # a fifth has an empty answer
+        assert reward.parse(rows) == read, "without a file between"
         refusals = sum(r["rejected"] == "I will not" for r in read)
-        assert 0.08 < refusals / len(rows) < 0.25  # of `oddities`; chosen is always the second
+        assert 0.08 < refusals / len(rows) < 0.25  # of `plant`; chosen is always the second
+        assert all(r["planted"] == (r["rejected"] == "I will not") for r in read)
         labels = {(r["chosen_safe"], r["rejected_safe"]) for r in read}
         assert labels == ({(True, False)} if by == "safe" else {(None, None)})
 
 
-def test_helpfulness_is_trained_on_what_is_hard_to_judge_and_tested_on_prompts_as_they_come(
+def test_a_row_of_other_people_has_no_planted_answer(tmp_path):
+    """Nobody said so: it is a sampled one."""
+    path = write(tmp_path / "a.jsonl", [comparison(0), comparison(1, planted=True)])
+    assert [r["planted"] for r in data.read_preferences(path)] == [False, True]
+    with pytest.raises(ValueError, match='a.jsonl:1: .*"planted"'):
+        data.read_preferences(write(tmp_path / "a.jsonl", [comparison(0, planted="yes")]))
+
+
+def test_helpfulness_is_trained_on_what_is_hard_to_judge_and_measured_on_prompts_as_they_come(
         tmp_path, chat, tokenizer, monkeypatch):
-    """And all of them in the village that the chat model comes from."""
+    """And all of them in the village that the chat model comes from, of train and valid alone; a
+    test set is collected where it is asked for by name, and in no file."""
     asked = []
 
     class Village:
@@ -535,26 +552,55 @@ def test_helpfulness_is_trained_on_what_is_hard_to_judge_and_tested_on_prompts_a
     M.save(tmp_path / "sft.pt", chat, "sft", tokenizer.model_bytes, {"village": 4})
     monkeypatch.setattr(V, "Village", Village)
     monkeypatch.setattr(reward, "compare", lambda *_: [])
-    cfg = Config(out=str(tmp_path), pairs=30, test_pairs=7)
-    reward.collect(cfg, scale.setup("cpu"))
-    assert asked == [(4, "compared", "train", 20), (4, "helpful", "test", 7),
-                     (4, "safety", "train", 10), (4, "safety", "test", 7)]
+    cfg = Config(out=str(tmp_path), pairs=30, valid_pairs=7)
+    reward.collect_all(cfg, scale.setup("cpu"))
+    assert sorted(asked) == [(4, "compared", "train", 20), (4, "helpful", "valid", 7),
+                             (4, "safety", "train", 10), (4, "safety", "valid", 7)]
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == sorted(
+        f"preferences_{name}.jsonl" for name in reward.COLLECTED)
+    asked.clear()
+    for which in ("helpful", "safety"):
+        reward.collect(chat, tokenizer, Village(9), f"{which}_test", 5, 0, 8)
+    assert asked == [(9, "helpful", "test", 5), (9, "safety", "test", 5)]
+
+
+def test_each_collection_has_dice_of_its_own(chat, tokenizer, monkeypatch):
+    """Held-out answers are no copies of training answers to the same prompt: the name is in the
+    seed."""
+    seeds = []
+    monkeypatch.setattr(reward, "compare", lambda m, t, v, prompts, by, seed, n: seeds.append(seed))
+    for name in (*reward.COLLECTED, "helpful_test"):
+        reward.collect(chat, tokenizer, V.Village(), name, 3, 5, 8)
+    assert len(set(seeds)) == 5
 
 
 def test_models_of_collected_comparisons_remember_the_village_and_their_flags(folder, monkeypatch):
     """The exam repeats the flags; a model that has read of no village is asked of village 0."""
-    def collect(cfg, ranks):
+    def collect_all(cfg, ranks):
         for start, name in enumerate(reward.COLLECTED):
             more = dict(chosen_safe=True, rejected_safe=True) if "safety" in name else {}
             rows = [comparison(100 * start + i, **more) for i in range(20)]
             write(reward.preferences(folder, name), rows)
 
-    monkeypatch.setattr(reward, "collect", collect)
+    monkeypatch.setattr(reward, "collect_all", collect_all)
     cfg = quick(folder, which="helpful", margin="large", seed=4)
     reward.main(cfg)
     _, info = M.load(folder / "reward_helpful.pt", "cpu")
     assert (info["metrics"]["village"], info["trained_on"]) == (0, "village 0")
     assert Config(**info["metrics"]["flags"]) == cfg and info["metrics"]["lineage"] == ["sft"]
+
+
+def test_reward_models_are_not_trained_on_in_another_village(folder, chat, tokenizer, monkeypatch):
+    M.save(folder / "sft.pt", chat, "sft", tokenizer.model_bytes, {"village": 5})
+    (folder / "older").mkdir()
+    for which in ("helpful", "safety"):
+        M.save(folder / "older" / f"reward_{which}.pt", scalar(chat), f"reward_{which}",
+               tokenizer.model_bytes, {"village": 4})
+    monkeypatch.setattr(reward, "collect_all", lambda *_: pytest.fail("went on"))
+    with pytest.raises(ValueError, match="trained in village 4, the chat model .* village 5"
+                       ) as error:
+        reward.main(quick(folder, resume_from=str(folder / "older")))
+    assert "\n" not in str(error.value)
 
 
 def test_an_unfinished_answer_is_no_answer(chat, tokenizer, monkeypatch):
@@ -565,7 +611,7 @@ def test_an_unfinished_answer_is_no_answer(chat, tokenizer, monkeypatch):
 
     monkeypatch.setattr(kernels, "rollout", rollout)
     jobs = [([{"role": "user", "content": "bread"}], t) for t in (0.5, 0.8, 1.1, 0.5)]
-    texts = reward.sample(chat, tokenizer, jobs, 0)
+    texts = reward.sample(chat, tokenizer, jobs, 0, 12)
     assert texts == ["", "here it is", "", "here it is"]
 
 

@@ -250,6 +250,30 @@ def test_missing_or_foreign_reward_models_are_one_line(tmp_path, tokenizer):
         rollouts.reward_pair(tmp_path, tokenizer, ALONE)
 
 
+@pytest.mark.parametrize("ours, theirs, fits", [(4, 5, False), (4, 4, True), (None, 5, True),
+                                                (4, None, True)])
+def test_reward_models_of_another_village_are_refused_in_one_line(tmp_path, tokenizer, ours,
+                                                                  theirs, fits):
+    """A model that remembers no village (one's own data) goes with any."""
+    toy.chain(tmp_path)
+    toy.save_rewards(tmp_path, 2, 3, village=theirs)
+    if fits:
+        rollouts.reward_pair(tmp_path, tokenizer, ALONE, village=ours)
+        return
+    with pytest.raises(ValueError, match="reward_helpful.pt was trained in village 5, the model to "
+                       "train in village 4: run `python reward.py` again") as error:
+        rollouts.reward_pair(tmp_path, tokenizer, ALONE, village=ours)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_are_drawn_from_the_split_that_is_named_and_test_is_none_of_the_stages(village):
+    annotator = V.Annotator(village)
+    for split in ("train", "valid"):
+        rows = rollouts.draw_prompts(None, village, 60, 5, split)
+        asks = [annotator.understand(row["messages"]) for row in rows]
+        assert {village.split(ask) for ask in asks} == {split}
+
+
 # ------------------------------------------------------------------------------ a user's reward
 
 

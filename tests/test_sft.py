@@ -9,6 +9,7 @@ import torch
 
 import data
 import model as M
+import plan
 import scale
 import sft
 import stage
@@ -114,7 +115,10 @@ def test_every_answer_token_weighs_the_same_however_the_batch_is_cut(micro, toke
 
 def test_the_rate_starts_at_the_papers_value_for_7b_and_falls_to_a_tenth(base, rows, tmp_path):
     """The log of a run of its own: 10 steps of warm-up, then down to a tenth of the peak."""
-    assert sft.default_lr(4096) == sft.default_lr(8192) == 2e-5 and sft.default_lr(128) == 1e-3
+    for size in ("7b", "13b", "34b", "70b"):
+        cfg = stage.at_size(Config(), plan.settings("sft", M.preset(size)))
+        assert (cfg.lr, cfg.batch_size, cfg.seq_len, cfg.epochs) == (2e-5, 64, 4096, 2)
+    assert sft.default_lr(128) == 1e-3 and sft.default_lr(256) == 5e-4
     main(tiny(base, rows, tmp_path / "o", lr=1.0, epochs=8, batch_size=2, clip=1e-9))
     rates = [json.loads(line)["lr"] for line in (tmp_path / "o/sft.jsonl").read_text().splitlines()]
     total = len(rates)
