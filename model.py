@@ -347,10 +347,10 @@ class Llama(nn.Module):
         UNSPECIFIED in L2: N(0, 0.02), and the two projections that write into the residual stream
         divided by sqrt(2L), so that its variance at the end does not depend on depth. A scalar
         head starts at std 1/sqrt(D+1): scores of order 1 whatever the width (reward.py draws its
-        own). The head of a narrow network starts equal to the embedding: then a word that attention brings along is a
-        guess at that word from the first step on, and copying is learnt sooner (`tiny` was further
-        after 1.2 million tokens than without it after 1.5). Not in a wide one: the logit of the
-        word just read starts at 0.02 D.
+        own). The head of a narrow network starts equal to the embedding: then a word that attention
+        brings along is a guess at that word from the first step on, and copying is learnt sooner
+        (`tiny` was further after 1.2 million tokens than without it after 1.5). Not in a wide one:
+        the logit of the word just read starts at 0.02 D.
         """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
