@@ -157,12 +157,14 @@ def test_each_exam_writes_the_keys_that_summary_and_figures_read(chain, name):
         assert report.keys() == {"before", "after", "dialogues"} and report["dialogues"] == 2
         arms = {f"{ceiling}{arm}" for ceiling in ("", "ceiling_")
                 for arm in ("seen", "unseen", "untrained")}
-        for when in ("before", "after"):
-            assert arms | {"talk", "attention", "map", "T=1", "helpful_under_instruction"} <= (
+        for when in ("before", "after"):  # before it one ceiling will do
+            own = arms if when == "after" else arms - {"ceiling_unseen", "ceiling_untrained"}
+            assert {arm for arm in report[when] if arm in arms} == own
+            assert own | {"talk", "attention", "map", "helpful_under_instruction"} <= (
                 report[when].keys())
-            for arm in arms:
+            for arm in own:
                 assert means(report[when][arm]) == [1.0, 1.0], "every answer obeys here"
-        assert {"greedy", "T=0.5", "kl", "reward_helpful", "reward_safety"} <= (
+        assert {"greedy", "T=0.5", "T=1", "kl", "reward_helpful", "reward_safety"} <= (
             report["after"].keys())
         assert report["before"]["attention"] != report["after"]["attention"]
         assert report["before"]["talk"] == report["after"]["talk"], "one dialogue, two models"
@@ -918,7 +920,7 @@ def test_own_files_are_examined_on_what_gatt_held_out_under_its_own_flags(tmp_pa
     M.save(tmp_path / "gatt.pt", net, "gatt", tokenizer.model_bytes,
            {"lineage": ["ppo"], "flags": stage.asdict(made)})
     seen = []
-    monkeypatch.setattr(exam, "obedience", lambda one, test, when, talk=None: (
+    monkeypatch.setattr(exam, "obedience", lambda one, test, *_: (
         seen.append((one, test)), {"talk": TALK})[1])
     exam.main("gatt", quick(tmp_path, eval_prompts=40))
     learnt = gatt.of_own_files(made)
@@ -937,7 +939,7 @@ def test_own_files_are_examined_on_what_gatt_held_out_under_its_own_flags(tmp_pa
 
 def test_memory_is_asked_for_with_one_instruction_and_the_ceiling_with_many(monkeypatch, tokenizer):
     """Told once and told on every turn, each with values of both kinds: four curves, and of each
-    the dice are its own."""
+    the dice are its own. Without being asked for, one ceiling."""
     arms, talk = [], gatt.keep_first("Act as Plato.", TALK[:2])
 
     def converse(one, rows, questions, place, name):
@@ -946,13 +948,16 @@ def test_memory_is_asked_for_with_one_instruction_and_the_ceiling_with_many(monk
 
     monkeypatch.setattr(exam, "converse", converse)
     one = examined(M.Llama(SHAPE).init_weights(0), tokenizer, data="own.jsonl")
-    report = exam.obedience(one, TestTalks([], {"seen": "S", "unseen": "U"}), "before")
+    test = TestTalks([], {"seen": "S", "unseen": "U"})
+    report = exam.obedience(one, test, "before", None, ("seen", "unseen"))
     assert arms == [("S", gatt.keep_first, "seen"),
                     ("S", gatt.repeat_instruction, "ceiling_seen"),
                     ("U", gatt.keep_first, "unseen"),
                     ("U", gatt.repeat_instruction, "ceiling_unseen")]
     assert [means(report[name]) for *_, name in arms] == [[.1], [.2], [.3], [.4]]
     assert report["talk"] == talk and 0 < report["attention"] < 1
+    fewer = exam.obedience(one, test, "before")
+    assert "ceiling_seen" in fewer and "ceiling_unseen" not in fewer
     tokens = data.encode_dialog(tokenizer, talk)[0]
     assert len(report["map"]) == len(report["map"][0]) == -(-len(tokens) // exam.BIN)
     assert "helpful_under_instruction" not in report, "own files are not the annotator's"
@@ -1019,7 +1024,8 @@ def test_ghost_attentions_model_is_scored_by_the_reward_models_that_its_start_na
     monkeypatch.setattr(exam, "beside_the_others", lambda one, rewards: {"kl": (one.stage, rewards)})
     report = exam.exam_gatt(quick(tmp_path))
     assert report["after"]["kl"] == ("gatt", "refreshed_7") and "kl" not in report["before"]
-    assert (report["before"]["graded"], report["after"]["graded"]) == ("ppo", "gatt")
+    assert report["after"]["graded"] == "gatt"
+    assert "graded" not in report["before"], "its own exam has graded that model"
     assert "control" not in report, "with --full alone: it trains"
     monkeypatch.setattr(exam, "without_the_trick", lambda one, test, made: (one.stage, made.turns))
     assert exam.exam_gatt(quick(tmp_path, full=True))["control"] == ("ppo", 2)
