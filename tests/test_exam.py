@@ -1016,7 +1016,8 @@ def test_ghost_attentions_model_is_scored_by_the_reward_models_that_its_start_na
            {**info["metrics"], "rewards": "refreshed_7"})
     monkeypatch.setattr(exam, "obedience", lambda one, *_: {"talk": TALK, "who": one.stage})
     monkeypatch.setattr(exam, "grade", lambda one, **_: {"graded": one.stage})
-    monkeypatch.setattr(exam, "beside_the_others", lambda one, rewards: {"kl": (one.stage, rewards)})
+    monkeypatch.setattr(exam, "beside_the_others",
+                        lambda one, rewards: {"kl": (one.stage, rewards)})
     report = exam.exam_gatt(quick(tmp_path))
     assert report["after"]["kl"] == ("gatt", "refreshed_7") and "kl" not in report["before"]
     assert (report["before"]["graded"], report["after"]["graded"]) == ("ppo", "gatt")
