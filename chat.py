@@ -1,4 +1,4 @@
-"""Talk to any checkpoint in the terminal: ours, Meta's, Hugging Face's or llama2.c's.
+"""Talk to any checkpoint in the terminal: ours, Meta's, Hugging Face's, llama2.c's or GGUF.
 
 An answer is sampled token by token from p(token | dialogue so far), at the released code's
 settings, temperature 0.6 and top-p 0.9. `data.encode_dialog` builds the prompt, as in training.
@@ -18,7 +18,7 @@ Differs from the paper: no system message unless you give one; its human evaluat
 
 from __future__ import annotations
 
-import codecs, contextlib, difflib, functools, json, math, os, random, sys
+import codecs, contextlib, difflib, functools, json, math, os, random, re, sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +120,8 @@ class Chat:
         kind, config = source.info["stage"], source.config
         if config.scalar_head:
             raise ValueError(f"{path} scores answers and gives none: choose a chat or base model")
+        for line in source.notes:
+            note(f"{path}: {line}")
         how = self.load(source)
         self.tokenizer, self.config = source.tokenizer, config
         self.path, self.is_base = path, self.cfg.base or kind == "pretrain"
@@ -146,6 +148,10 @@ class Chat:
         weights = {n: w.read for n, w in source.weights.items()}
         self.decoder = kernels.decoder(source.config, weights, dtype)
         if self.decoder:
+            kept = convert.formats({n: w for n, w in source.weights.items() if len(w.shape) == 2})
+            if dtype is None and kept != self.decoder.dtype:
+                note(f"the file's {kept} weights are spoken in {self.decoder.dtype}; --dtype fp32 "
+                     f"keeps every digit, for more memory")
             return f"{how}, {self.decoder.dtype} weights"
         if dtype in ("int8", "int4"):
             note(f"--dtype {dtype} needs the C kernels, and there are none ({how}): the weights "
@@ -216,7 +222,7 @@ def ask(chat: Chat, text: str) -> bool:
 
 @torch.inference_mode()
 def rate(messages: list[dict], cfg: Config) -> dict[str, float]:
-    """Raw scores of the last answer by the reward models in OUT, read at its EOS [L2 §3.2.2].
+    """Raw scores of the last answer by the reward models in OUT, read at its EOS.
 
     A model that is not there is left out; ValueError if the last turn outgrows a model's context.
     """
@@ -302,7 +308,7 @@ def command(chat: Chat, name: str, text: str) -> str:
 def checked(cfg: Config) -> Config:
     """cfg itself; ValueError for numbers that nothing can be sampled with, and forged tags."""
     if not (cfg.temperature == 0 or 0.01 <= cfg.temperature <= 10):  # lower: logits overflow
-        raise ValueError(f"temperature {cfg.temperature}: 0 (greedy), or 0.01 to 10")
+        raise ValueError(f"--temperature {cfg.temperature}: 0 (greedy), or 0.01 to 10")
     stage.check(cfg)
     data.check_dialog([{"role": "system", "content": cfg.system or ""},
                        {"role": "user", "content": ""}])
@@ -312,19 +318,26 @@ def checked(cfg: Config) -> Config:
 def stages_in(out) -> list[str]:
     """What can chat of OUT/*.pt, in the order of training; FileNotFoundError if nothing can.
 
-    The order is that of the lines that the checkpoints remember: longer ones are later.
+    The order is that of the lines that the checkpoints remember: longer ones are later, and of
+    equal ones rlhf_v10 is later than rlhf_v9. A file that is no checkpoint is named and left out.
     """
     order = []
     for path in sorted(Path(out).glob("*.pt")):
         if path.name.endswith(".state.pt"):
             continue
-        model, info = M.load(path, "cpu")  # mapped: nothing is read
+        try:
+            model, info = M.load(path, "cpu")  # mapped: nothing is read
+        except ValueError as e:
+            note(f"left out: {e}")
+            continue
         if not model.config.scalar_head:
-            order.append((len(info["metrics"].get("lineage", [])), path.stem))
+            words = re.split(r"(\d+)", path.stem)  # rlhf_v10 -> "rlhf_v", "10", ""
+            counted = [int(word) if word.isdigit() else word for word in words]
+            order.append((len(info["metrics"].get("lineage", [])), counted, path.stem))
     if not order:
         raise FileNotFoundError(f"no trained model in {out}: `make` trains all stages, `python "
                                 f"pretrain.py` the first; --checkpoint PATH opens another model")
-    return [name for _, name in sorted(order)]
+    return [name for *_, name in sorted(order)]
 
 
 def note(text) -> None:

@@ -35,7 +35,19 @@ SPACE = "\u2581"  # '▁', SentencePiece's visible space: text 'Hi you' is the p
 MAX_LINE_BYTES = 4192  # longer training lines would be dropped without a word [META tok]
 # A space after something else and before something: the only place where a text may be cut.
 CUT = re.compile(f" (?<=[^ {SPACE}] )(?=.)", re.DOTALL)
+ACROSS = re.compile(f"[^{SPACE}]{SPACE}")  # in a piece: it reaches from a letter across a space
 WORD = 32  # characters; longer ones seldom come twice, so their ids are not kept
+# What decides which ids a text has: (part of the file, field, value where it is absent, Llama's).
+TRAINER, NORMALIZER = 2, 3  # parts of the file [SP]
+OPTIONS = {
+    "model_type": (TRAINER, 3, 1, 2),  # 1 unigram, 2 BPE, 3 word, 4 char
+    "treat_whitespace_as_suffix": (TRAINER, 24, 0, 0),
+    "byte_fallback": (TRAINER, 35, 0, 1),
+    "precompiled_charsmap": (NORMALIZER, 2, b"", b""),  # of nmt_nfkc and others: it changes texts
+    "add_dummy_prefix": (NORMALIZER, 3, 1, 1),
+    "remove_extra_whitespaces": (NORMALIZER, 4, 1, 0),
+    "escape_whitespaces": (NORMALIZER, 5, 1, 1)}
+USER_DEFINED = 4  # of the kinds of pieces, the one that the library does not tell [SP]
 
 
 class Tokenizer:
@@ -49,19 +61,26 @@ class Tokenizer:
     `decode(encode(text)) == text` for all Unicode but two cases: U+2581 comes back as a space, as
     in Llama, and lone surrogates, which are no text, are refused. No text can produce the ids 1
     and 2: a written "<s>" is three ordinary characters.
+
+    Models of other options give the library's own ids (`unlike_llama` lists what differs); but
+    without the space in front, or with it behind, the chat format would be another one: refused.
     """
 
     def __init__(self, path_or_bytes: str | Path | bytes):
-        """Reads a tokenizer.model file or its bytes; ValueError if they are something else."""
+        """Reads a tokenizer.model file or its bytes; ValueError if they are something else.
+
+        Also for options that would change what the chat format means; the message names them.
+        """
         is_bytes = isinstance(path_or_bytes, bytes)
         name = "tokenizer bytes" if is_bytes else path_or_bytes
         if not is_bytes and not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such tokenizer file")
         self.model_bytes = path_or_bytes if is_bytes else Path(name).read_bytes()
+        refuse_pointer(name, self.model_bytes)
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.load_from_serialized_proto(self.model_bytes)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the library's message may quote any bytes
             raise ValueError(f"{name}: {len(self.model_bytes)} bytes that are no SentencePiece "
                              "model; expected a file like Llama's tokenizer.model") from None
         self._word = lru_cache(1 << 16)(self.sp.encode)
@@ -69,6 +88,44 @@ class Tokenizer:
         self.unk_id, self.bos_id, self.eos_id = self.sp.unk_id(), self.sp.bos_id(), self.sp.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{name}: a tokenizer without BOS or EOS; Llama needs both")
+        try:
+            self._read_options()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def _read_options(self) -> None:
+        """Sets `unlike_llama`, `user_defined` (ids) and whether words can be encoded alone."""
+        parts = {TRAINER: b"", NORMALIZER: b""}
+        self.user_defined, id = set(), 0
+        for number, value in protobuf_fields(self.model_bytes):
+            if not isinstance(value, bytes):
+                continue  # no part and no piece
+            if number in parts:
+                parts[number] += value  # a part that comes twice counts as one [protobuf]
+            elif number == 1:  # a piece; the search is fast, and nearly always enough
+                if b"\x18\x04" in value and dict(protobuf_fields(value)).get(3) == USER_DEFINED:
+                    self.user_defined.add(id)
+                id += 1
+        parts = {number: dict(protobuf_fields(part)) for number, part in parts.items()}
+        found = {name: parts[part].get(number, absent)
+                 for name, (part, number, absent, _) in OPTIONS.items()}
+        self.unlike_llama = {name: value for name, value in found.items()
+                             if value != OPTIONS[name][3]}
+        for name in ("treat_whitespace_as_suffix", "add_dummy_prefix", "escape_whitespaces"):
+            if name in self.unlike_llama:
+                raise ValueError(f"made with {name}={bool(found[name])}, Llama's is "
+                                 f"{bool(OPTIONS[name][3])}: its chat format would be another one; "
+                                 f"train the tokenizer with Llama's options")
+        if found["model_type"] not in (1, 2):
+            kind = {3: "word", 4: "char"}.get(found["model_type"], found["model_type"])
+            raise ValueError(f"made with model_type={kind}; bpe (Llama's) and unigram can be read")
+        if self.user_defined:
+            self.unlike_llama["user_defined_symbols"] = self.piece(min(self.user_defined))
+        if not 0 <= self.unk_id < self.vocab_size:
+            raise ValueError("a tokenizer without an unknown piece")
+        self.sp.decode([self.unk_id])  # its text, too, may be no text: UnicodeDecodeError
+        across = any(ACROSS.search(self.piece(id)) for id in range(self.vocab_size))
+        self._whole = across or bool(self.unlike_llama)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, BOS in front and EOS behind on request; ValueError: lone surrogates.
@@ -76,11 +133,11 @@ class Tokenizer:
         Word by word, and the ids of the last 65,536 different words are kept: 1.6 times as
         fast as the whole text at once. The space left out at a cut is the one that SentencePiece
         puts in front of the next word: the ids stay the same, because no piece reaches from a
-        letter across a space [META tok: split_by_whitespace].
+        letter across a space [META tok: split_by_whitespace]. Other models take the text whole.
         """
         check_text(text, "text")
         ids = [self.bos_id] if bos else []
-        for word in CUT.split(text):
+        for word in [text] if self._whole else CUT.split(text):
             ids += self._word(word) if len(word) < WORD else self.sp.encode(word)
         return ids + [self.eos_id] if eos else ids
 
@@ -104,10 +161,55 @@ class Tokenizer:
         return self.sp.get_score(int(id))
 
     def kind(self, id: int) -> str:
-        """'normal', 'unknown', 'control' (BOS, EOS) or 'byte'."""
+        """'normal', 'unknown', 'control' (BOS, EOS), 'byte', 'user-defined' or 'unused'."""
         id = int(id)
+        if id in self.user_defined:
+            return "user-defined"
         return ("unknown" if self.sp.is_unknown(id) else "control" if self.sp.is_control(id)
-                else "byte" if self.sp.is_byte(id) else "normal")
+                else "byte" if self.sp.is_byte(id) else "unused" if self.sp.is_unused(id)
+                else "normal")
+
+
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of the fields of a protobuf message; ValueError if it is none.
+
+    A value is an int, or the bytes of a number, a text or an inner message.
+    """
+    at, end = 0, len(message)
+
+    def varint() -> int:
+        nonlocal at
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise IndexError
+
+    try:
+        while at < end:
+            tag = varint()
+            kind = tag & 7
+            if kind == 0:
+                yield tag >> 3, varint()
+                continue
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            if at + size > end:
+                raise IndexError
+            yield tag >> 3, message[at:at + size]
+            at += size
+    except (IndexError, KeyError):
+        raise ValueError(f"byte {at} is no part of a protobuf message: the file is damaged"
+                         ) from None
+
+
+def refuse_pointer(path, content: bytes) -> None:
+    """ValueError if a file's first bytes are git-lfs's note of where the file is."""
+    if content.startswith(b"version https://git-lfs.github.com"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the file itself: `git lfs pull` in its "
+                         f"folder fetches it")
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
@@ -160,15 +262,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_lines: int = 1_00
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines short enough for the trainer, each text cut at newlines and tabs.
+    """Lines short enough for the trainer, each text cut at newlines and tabs, and at U+2585.
 
     Llama's vocabulary has no piece with a newline or a tab: they are left to their bytes
-    [META tok]. A line of more than MAX_LINE_BYTES is cut at spaces (else anywhere) into parts of
-    at most 1,000 characters, 4 bytes each at worst; SentencePiece would silently skip it.
+    [META tok]. So is U+2585: SentencePiece keeps that character for itself and would silently
+    skip the lines that have it. A line of more than MAX_LINE_BYTES is cut at spaces (else
+    anywhere) into parts of at most 1,000 characters, 4 bytes each at worst; SentencePiece would
+    silently skip it.
     """
     for text in texts:
         check_text(text, "text")
-        for line in re.split(r"[\n\t]+", text):
+        for line in re.split(r"[\n\t\u2585]+", text):
             if len(line.encode()) <= MAX_LINE_BYTES:
                 yield from [line] if line else []
             else:
@@ -261,7 +365,7 @@ def encode_dialog(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int]
 
     messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]. Ends after the last
     answer's EOS or, when the user spoke last, after [/INST], ready for `generate`: the tokens of an
-    open dialogue are a prefix of those of the answered one. "We zero-out the loss on tokens from
+    open dialogue are a prefix of those of the answered one. We "zero-out the loss on tokens from
     the user prompt" [L2 §3.1]; of EOS the paper says nothing, but only its loss teaches to stop.
     Raises ValueError for wrong roles or types and for a tag inside a message.
     """
@@ -293,8 +397,8 @@ def show_dialog(tokenizer: Tokenizer, tokens: list[int], loss_mask: list[int]) -
 #   loss_mask  0     0   0     0      1    1    0     0    0     0    ...   0   0
 #   segments   0     0   0     0      0    0    1     1    1     1    ...  -1  -1
 #
-# A token sees its own segment only, so an answer is learnt as it will be asked for: with its own
-# dialogue in front of it and nothing else.
+# A token sees its own segment only (UNSPECIFIED in L2), so an answer is learnt as it will be asked
+# for: with its own dialogue in front of it and nothing else.
 
 
 def pack(dialogs: list[tuple[list[int], list[int]]], width: int):
@@ -489,6 +593,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
             for number, raw in enumerate(file, 1):
+                if number == 1:
+                    refuse_pointer(path, raw)
                 if b"\0" in raw:
                     raise ValueError(f"{path}:{number}: a NUL byte, so this is no UTF-8 text file")
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")  # drops a BOM

@@ -2,7 +2,7 @@
 
 A chat model forgets "Act as Plato." after a few turns. GAtt needs no new network and no new loss,
 only a trick with the data. An answer is sampled while *every* user message repeats the instruction,
-and learnt while only the system message has it. u: user, a: answer, E: its EOS, three turns:
+and learnt while only the system message (<<inst>>) has it. u: user, a: answer, E: its EOS:
 
     sampled  [INST] inst u1 [/INST] a1 E [INST] inst u2 [/INST] a2 E [INST] inst u3 [/INST] -> a3 E
     learnt   [INST] <<inst>> u1 [/INST] a1 E [INST] u2 [/INST] a2 E [INST] u3 [/INST] a3 E
@@ -21,6 +21,8 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
 - It comes after PPO; the paper has it from RLHF V3 on.
+- Figures, greetings and hobbies from fixed lists; the paper's: hobbies, languages, public figures,
+  the lists written by the chat model itself.
 - Up to --tries answers are sampled; one that fails the instruction's string check is not kept.
 - The model's own answers to ordinary prompts are learnt beside them, so that nothing else is lost.
 - In the village attention's matrices alone are trained. There are 33 values to obey, and a whole
@@ -58,14 +60,14 @@ class Config:
     out: str = "out"  # folder of checkpoints and metrics
     seed: int = ranged(0, least=0)  # of questions, instructions, sampling and order
     dialogues: int = ranged(900, least=1)  # dialogues under an instruction; UNSPECIFIED in L2
-    turns: int = ranged(12, least=1)  # questions of the longest; the paper's: 20 and more (§A.3.5)
-    tries: int = ranged(3, least=1)  # samples until one obeys; paper: 1 (§3.3)
-    replay: int = ranged(1000, least=0)  # ordinary prompts, answers learnt too; paper: 0 (§3.3)
+    turns: int = ranged(12, least=1)  # questions of the longest; UNSPECIFIED in L2 (tested to 20)
+    tries: int = ranged(3, least=1)  # samples until one obeys; UNSPECIFIED in L2
+    replay: int = ranged(1000, least=0)  # ordinary prompts, answers learnt too; paper: none said
     train: Literal["attention", "all"] = "attention"  # weights; from 7b on all, as in SFT (§3.3)
     epochs: int = ranged(3, least=1)  # passes over all examples; UNSPECIFIED in L2 (SFT: 2)
     batch_size: int = ranged(4, least=1)  # packed rows per step, over all ranks; UNSPECIFIED in L2
     micro_batch: int = ranged(16, least=1)  # rows per rank and forward pass: less memory
-    seq_len: int = ranged(512, least=2)  # tokens per packed row; paper: 4096 (§A.3.5)
+    seq_len: int = ranged(512, least=2)  # tokens per packed row; UNSPECIFIED in L2 (SFT: 4096)
     max_new_tokens: int = ranged(80, least=1)  # tokens of an answer
     lr: float = ranged(0, least=0)  # peak of the cosine; 0: by width; UNSPECIFIED in L2
     save_every: int = ranged(50, least=1)  # steps between resume states
@@ -241,7 +243,7 @@ def sample_examples(model, tokenizer, material: Material, cfg: Config) -> list[d
     rng = random.Random(cfg.seed)
     blanks = []  # (dialogue, index of the answer in it, prompt)
     for row, dialog in zip(instructions, dialogs):
-        share = max(0.0, rng.uniform(-1, 1))
+        share = max(0.0, rng.uniform(-1, 1))  # 0 for half of the dialogues, else uniform in 0..1
         for i, message in enumerate(dialog):
             if message["content"] is None:
                 prompt = dialog[i - 1:i]
@@ -313,18 +315,19 @@ def train(model, optimizer, rows, cfg: Config, ranks, first: int = 0):
     peak = cfg.lr or default_lr(model.config.dim)
     for step in range(first, total):
         # 1) batch; its answer tokens, counted over all ranks, are what the loss is a mean over
-        batch = batch_at(step, rows, cfg, ranks)
-        answer_tokens = ranks.sum(batch[1][:, 1:].sum().item())
-        # 2) forward and loss
+        tokens, mask, segments = batch_at(step, rows, cfg, ranks)
+        answer_tokens = ranks.sum(mask[:, 1:].sum().item())
+        # 2) forward, loss, backward: piece by piece, the gradients add up
         nats = 0.0
-        for piece in zip(*(column.split(cfg.micro_batch) for column in batch)):
+        size = cfg.micro_batch
+        for piece in zip(tokens.split(size), mask.split(size), segments.split(size)):
             with M.autocast(ranks.device):
                 share = answer_loss(model, *piece)
             # FSDP averages gradients over its ranks; times their number makes that a sum
             (share * (ranks.dp / answer_tokens)).backward()
             nats += share.item()
         loss = ranks.sum(nats) / answer_tokens
-        # 3) backward (above, piece by piece), clip, step
+        # 3) clip, step
         norm = scale.clip(model, 1.0)
         lr = stage.cosine(step, total, peak, 5)
         stage.step(optimizer, lr, loss=loss, grad_norm=norm)
@@ -359,7 +362,7 @@ def main(cfg: Config) -> dict:
     print(kernels.choose(cfg.kernels, ranks.device))
     model = scale.wrap(model, ranks, recompute=cfg.recompute)
     let_learn(model, cfg.train)
-    optimizer = stage.adamw(model, 0.0, 0.1)
+    optimizer = stage.adamw(model, 0.0, 0.1)  # lr: set at every step, by stage.step
     check_same = functools.partial(stage.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
     saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None
     if saved:

@@ -20,12 +20,12 @@ Sources: [L2] Llama 2, arXiv 2307.09288.  [RMS] RMSNorm, 1910.07467.  [RoPE] RoF
          [GLU] GLU variants, 2002.05202.  [GQA] 2305.13245.  [code] facebookresearch/llama.
 
 Differs from the paper: the network not at all. Initialisation is unspecified there (see
-`init_weights`), and the released code samples on one device with a fixed batch (see `decode`).
+`init_weights`), and the released code samples a batch to its end in lockstep (see `decode`).
 """
 
 from __future__ import annotations
 
-import contextlib, dataclasses, difflib, json, math, os, pickle, zlib
+import contextlib, dataclasses, difflib, functools, json, math, os, pickle, zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -174,8 +174,8 @@ class KVCache:
     Memory per token: 2 * L * KV * hd numbers; grouped-query attention exists to make this small
     [L2 §A.2.1]: 70b with 8 key/value heads keeps 1.25 GiB for 4096 tokens in half precision, with
     one for each of its 64 query heads it would be 8 times that. A layer's tensors are allocated at
-    its first use, from the shape it is given, so
-    that a model whose heads are split over devices needs no line here.
+    its first use, from the shape it is given, so that a model whose heads are split over devices
+    needs no line here.
     """
 
     def __init__(self, n_layers: int, max_len: int):
@@ -286,12 +286,20 @@ class Llama(nn.Module):
         self.output = nn.Linear(c.dim, 1 if c.scalar_head else c.vocab_size, bias=False)
         self._rope = None  # (cos, sin), built on first use for the dtype and device at hand
 
-    def rope(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The rotary table (max_seq_len, hd/2) x 2: derived, so never stored, only rebuilt."""
-        if self._rope is None or (self._rope[0].dtype, self._rope[0].device) != (dtype, device):
-            c = self.config
+    def rope(self, dtype: torch.dtype, device: torch.device,
+             length: int | None = None) -> tuple[Tensor, Tensor]:
+        """The rotary table (at least `length`, hd/2) x 2: derived, so never stored, only rebuilt.
+
+        length None: the whole context. Of a long context only what is reached is ever built, and
+        twice as much as needed, so that a growing text seldom builds it anew.
+        """
+        c = self.config
+        length = c.max_seq_len if length is None else length
+        known = self._rope[0] if self._rope else torch.empty(0, dtype=dtype, device=device)
+        if len(known) < length or (known.dtype, known.device) != (dtype, device):
+            rows = min(c.max_seq_len, max(2 * length, 4096))
             with torch.inference_mode(False):  # a table made while sampling serves training too
-                table = rope_table(c.head_dim, c.max_seq_len, c.rope_theta)
+                table = rope_table(c.head_dim, rows, c.rope_theta)
                 self._rope = tuple(t.to(dtype).to(device) for t in table)  # MPS has no float64
         return self._rope
 
@@ -307,11 +315,12 @@ class Llama(nn.Module):
             raise ValueError(f"{T} tokens do not fit the context of {self.config.max_seq_len}: "
                              f"shorten the text or use a model with a larger max_seq_len")
         x = self.tok_embeddings(tokens)  # (B, T, D)
-        cos, sin = self.rope(at_least_float32(x.dtype), x.device)
+        reach = T if positions is None else int(positions.max()) + 1
+        cos, sin = self.rope(at_least_float32(x.dtype), x.device, reach)
         rope = (cos[:T], sin[:T]) if positions is None else (cos[positions], sin[positions])
         mask = None
         if cache is not None:  # key s is visible to the token at position p if s <= p
-            S = int(positions.max()) + 1
+            S = reach
             mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         elif segments is not None:
             same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
@@ -337,11 +346,11 @@ class Llama(nn.Module):
 
         UNSPECIFIED in L2: N(0, 0.02), and the two projections that write into the residual stream
         divided by sqrt(2L), so that its variance at the end does not depend on depth. A scalar
-        head starts at std 1/sqrt(D+1): scores of order 1 whatever the width [N+]. The head of a
-        narrow network starts equal to the embedding: then a word that attention brings along is a
-        guess at that word from the first step on, and copying is learnt sooner (`tiny` was further
-        after 1.2 million tokens than without it after 1.5). Not in a wide one: the logit of the
-        word just read starts at 0.02 D.
+        head starts at std 1/sqrt(D+1): scores of order 1 whatever the width (reward.py draws its
+        own). The head of a narrow network starts equal to the embedding: then a word that attention
+        brings along is a guess at that word from the first step on, and copying is learnt sooner
+        (`tiny` was further after 1.2 million tokens than without it after 1.5). Not in a wide one:
+        the logit of the word just read starts at 0.02 D.
         """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -439,6 +448,7 @@ def decode(model, prompts, max_new_tokens, temperature, top_p, seed, stop=None, 
         u = uniform(seed, ids[rows], position).to(device)
         token = sample(logits, temperature, top_p, u)
         logp = logprobs(logits, token, temperature or 1.0).cpu()
+        check_finite(logp)
         chosen = token.cpu()
         yield rows[live].tolist(), chosen[live].tolist(), logp[live].tolist()
         position = position + 1
@@ -454,6 +464,13 @@ def decode(model, prompts, max_new_tokens, temperature, top_p, seed, stop=None, 
             live = live[keep]
         at = (position - 1).clamp(max=cache.max_len - 1).to(device)[:, None]  # (B, 1)
         x = model.hidden(token[:, None], cache=cache, positions=at)[:, 0]
+
+
+def check_finite(logprobs: Tensor) -> None:
+    """FloatingPointError if a log-probability is no number: then no logit means anything."""
+    if not logprobs.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or "
+                                 "its training diverged; use an earlier checkpoint")
 
 
 def check_prompts(prompts, config: ModelConfig) -> None:
@@ -487,7 +504,7 @@ def rollout(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, 
 
 def generate(model, prompts, max_new_tokens, temperature=0.6, top_p=0.9, seed=None, stop=None,
              row_ids=None) -> list[list[int]]:
-    """Tokens only, at the paper's chat settings; seed None draws a new one. See `rollout`."""
+    """Tokens only, at the released code's chat settings; seed None draws one. See `rollout`."""
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     return rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_ids)[0]
 
@@ -532,7 +549,7 @@ def atomic_write(path, write) -> None:
     Whatever happens, `path` holds either the old content or the new, whole; a kill in between
     leaves one `.tmp` file, which the next write replaces.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one: it may lead to a larger disk
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -563,6 +580,27 @@ def write_torch_file(value, path) -> None:
     atomic_write(path, write)
 
 
+def check_tensors(weights, path) -> None:
+    """ValueError unless these are named tensors of plain numbers that a file of `path`'s size has.
+
+    A file may name tensors whose rows are all the same bytes: a few of them would fill any memory.
+    Twice its size may be claimed, since an embedding may be shared with the output matrix.
+    """
+    other = f"{path} is not a weight file: it holds something else than named tensors"
+    if not isinstance(weights, dict):
+        raise ValueError(other)
+    claimed = 0
+    for name, t in weights.items():
+        if not isinstance(name, str) or not isinstance(t, Tensor):
+            raise ValueError(f"{other} ({name!s:.80} is {type(t).__name__})")
+        if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized:
+            raise ValueError(f"{path}: {name} is no plain tensor, but {t.layout} on {t.device}")
+        claimed += t.numel() * t.itemsize
+    if claimed > 2 * Path(path).stat().st_size:
+        raise ValueError(f"{path}: its tensors claim {claimed:,} bytes, more than the file has: "
+                         f"it is damaged")
+
+
 def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None = None,
          trained_on: str = "", dtype: torch.dtype | None = None,
          weights: dict | None = None) -> None:
@@ -579,6 +617,12 @@ def save(path, model: Llama, stage: str, tokenizer: bytes, metrics: dict | None 
                  "metrics": json.loads(json.dumps(metrics or {})), "trained_on": trained_on}, path)
 
 
+FOREIGN = {  # how a file begins that is often taken for a checkpoint: what it is, what to do
+    b"version https://git-lfs":
+        "is a git-lfs pointer, not the file itself: `git lfs pull` in its folder fetches it",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.":
+        "was saved by a PyTorch before 1.6 and cannot be mapped: write it anew, in Python, with "
+        "torch.save(torch.load(OLD, weights_only=True), NEW)"}
 CONVERT = "`python convert.py --checkpoint {} --to own --out NEW.pt` turns other formats into ours"
 
 
@@ -590,15 +634,22 @@ def read_torch_file(path, hint=CONVERT):
     if not Path(path).exists():
         stem = Path(path).stem.split(".")[0]
         script = stem.split("_")[0] + ".py"  # reward.py of reward_safety.pt
-        makes = Path(__file__).with_name(script).is_file()
+        there = Path(__file__).resolve().with_name(script)
+        makes = there.is_file() and "\nSTAGE = " in there.read_text(encoding="utf-8")
         raise FileNotFoundError(f"{path} does not exist: " +
                                 (f"`python {script}` makes it" if makes else "check the path"))
+    if Path(path).is_file():
+        with open(path, "rb") as f:
+            head = f.read(64)
+        for start, why in FOREIGN.items():
+            if head.startswith(start):
+                raise ValueError(f"{path} {why}")
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except PermissionError:
         raise
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError,
-            AttributeError, OSError) as e:  # all of these come out of damaged files
+            AttributeError, OSError, MemoryError) as e:  # all of these come out of damaged files
         why = f"truncated, or another format ({hint.format(path)})"
         if "weights_only" in str(e).lower():
             why = "it asks to run code, which a checkpoint never needs"
@@ -611,10 +662,27 @@ def load(path, device="auto", dtype: torch.dtype | None = None) -> tuple[Llama, 
     The file is mapped, not read: weights that keep their dtype and stay on the CPU cost no memory
     until touched. Every key and shape is checked; ValueError says what is wrong with the file.
     """
-    data = read_torch_file(path)
+    config, weights, info = read_checkpoint(path)
+    model = assemble(config, weights, path)
+    return model.to(device=pick_device(device), dtype=dtype), info
+
+
+def read_checkpoint(path, hint: str = CONVERT) -> tuple[ModelConfig, dict[str, Tensor], dict]:
+    """The parts of a checkpoint of ours: (configuration, mapped weights, info), as in `load`.
+
+    hint: what to do with a file of another kind; {} stands for its path.
+    """
+    data = read_torch_file(path, hint)
+    if isinstance(data, dict) and "model_args" in data:
+        raise ValueError(f"{path} is a training state of llama2.c or nanoGPT: llama2.c's `python "
+                         f"export.py model.bin --version 0 --checkpoint {path}` makes a .bin of "
+                         f"it, which convert.py reads")
     if not isinstance(data, dict) or "format" not in data:
-        raise ValueError(f"{path} is not a checkpoint of this project: {CONVERT.format(path)}")
-    if data["format"] != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this project: {hint.format(path)}")
+    if "parts" in data and "random" in data:
+        raise ValueError(f"{path} is the resume state of a run, not a finished model: the same "
+                         f"command with --resume continues the run, and its end writes the model")
+    if type(data["format"]) is not int or data["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {data['format']!r}, we read {FORMAT}")
     parts = {"stage": str, "config": dict, "weights": dict, "tokenizer": Tensor, "metrics": dict,
              "trained_on": str}
@@ -623,16 +691,25 @@ def load(path, device="auto", dtype: torch.dtype | None = None) -> tuple[Llama, 
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(missing)}")
     try:
         config = ModelConfig(**data["config"])
+        if not isinstance(config.scalar_head, bool):
+            raise ValueError(f"scalar_head is {type(config.scalar_head).__name__}, expected bool")
     except (TypeError, ValueError) as e:
         raise ValueError(f"{path} has an unknown model configuration: {e}") from e
-    model = assemble(config, data["weights"], path)
-    model = model.to(device=pick_device(device), dtype=dtype)
+    check_tensors(data["weights"], path)
+    check_tensors({"tokenizer": data["tokenizer"]}, path)
     info = {k: v for k, v in data.items() if k != "weights"}
-    return model, {**info, "tokenizer": bytes(data["tokenizer"].numpy())}
+    return config, data["weights"], {**info, "tokenizer": bytes(data["tokenizer"].numpy())}
 
 
 def assemble(config: ModelConfig, weights: dict[str, Tensor], source) -> Llama:
-    """A Llama around given tensors, without copying; ValueError lists wrong names and shapes."""
+    """A Llama around given tensors, without copying; ValueError lists wrong names and shapes.
+
+    Only where they mix formats (norms often are float32 among bfloat16) the narrower are widened:
+    a network computes in one.
+    """
+    if config.n_layers > len(weights) + 1000:  # before so many are made
+        raise ValueError(f"{source}: {config.n_layers} layers in the configuration, and "
+                         f"{len(weights)} weights in the file")
     with torch.device("meta"):
         model = Llama(config)
     wanted = {n: tuple(p.shape) for n, p in model.state_dict().items()}
@@ -648,5 +725,7 @@ def assemble(config: ModelConfig, weights: dict[str, Tensor], source) -> Llama:
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"{source}: {name} has shape {tuple(weights[name].shape)}, "
                              f"the configuration says {shape}")
+    widest = functools.reduce(torch.promote_types, [w.dtype for w in weights.values()])
+    weights = {name: w.to(widest) for name, w in weights.items()}
     model.load_state_dict(weights, assign=True, strict=True)
     return model

@@ -232,7 +232,7 @@ def all_sizes(value) -> tuple:
 
 
 OURS = "ours: unspecified in L2"
-ANSWER = "ours: Table 32's limit"  # 1000 tokens for the open models of its human evaluation
+ANSWER = "ours: §A.3.7's limit"  # 1000 tokens for the open models of its human evaluation
 SETTINGS = [Setting(*row) for row in (
     ("pretrain", "tokens", 2.1e6, all_sizes(2e12), "Table 1"),
     ("pretrain", "primer", 0.25, all_sizes(0.25), "ours: the village alone"),
@@ -250,7 +250,7 @@ SETTINGS = [Setting(*row) for row in (
     ("sft", "lr", 0, all_sizes(2e-5), "§3.1"),
     ("sft", "warmup_steps", 10, all_sizes(10), OURS),
     ("sft", "weight_decay", 0.1, all_sizes(0.1), "§3.1"),
-    ("sft", "clip", 1.0, all_sizes(1.0), "§2.2"),
+    ("sft", "clip", 1.0, all_sizes(1.0), "ours: as §2.2"),
     ("reward", "batch_size", 8, all_sizes(512), "§3.2.2"),
     ("reward", "micro_batch", 8, all_sizes(1), "memory only"),
     ("reward", "lr", 0, (1e-5, 1e-5, 1e-5, 5e-6), "§3.2.2"),
@@ -260,10 +260,11 @@ SETTINGS = [Setting(*row) for row in (
     ("reward", "TEMPERATURES", (0.5, 0.8, 1.1), all_sizes((0.5, 0.8, 1.1)), OURS),
     ("rejection", "rounds", 5, all_sizes(5), "§3.2.3: V1 to V5"),
     ("rejection", "prompts", 100, all_sizes(10_000), OURS),
-    ("rejection", "samples", 8, all_sizes(20), "ours: Fig. 7's, about"),
-    ("rejection", "batch_size", 32, all_sizes(64), "§3.1, as SFT"),
-    ("rejection", "rs_lr", None, all_sizes(2e-5), "§3.1, as SFT"),
-    ("rejection", "temperatures", "0.5,0.65,0.8", all_sizes("0.6,0.8,1.0,1.2,1.4"), "Fig. 8"),
+    ("rejection", "samples", 8, all_sizes(20), "ours: Fig. 26's"),
+    ("rejection", "batch_size", 32, all_sizes(64), "ours: as SFT, §3.1"),
+    ("rejection", "rs_lr", None, all_sizes(2e-5), "ours: as SFT, §3.1"),
+    ("rejection", "temperatures", "0.5,0.65,0.8", all_sizes("0.6,0.8,1.0,1.2,1.4"),
+     "ours: of Fig. 8's"),
     ("rejection", "threshold", 0, all_sizes(0.15), "§3.2.3"),
     ("rejection", "max_new_tokens", 80, all_sizes(1024), ANSWER),
     ("ppo", "iterations", 60, all_sizes(400), "§3.2.3"),
@@ -275,38 +276,45 @@ SETTINGS = [Setting(*row) for row in (
     ("ppo", "temperature", 1.0, all_sizes(1.0), OURS),
     ("ppo", "max_new_tokens", 80, all_sizes(1024), ANSWER),
     ("ppo", "kl_limit", 2.9, all_sizes(0), "none but beta, §3.2.3"),
-    ("ppo", "patience", 15, all_sizes(200), "ours: §3.2.3 runs 200+"),
+    ("ppo", "patience", 15, all_sizes(200), "ours, of 200 to 400"),
     ("ppo", "CLIP", 0.2, all_sizes(0.2), "§3.2.3"),
     ("ppo", "VALUE_CLIP", 0.2, all_sizes(0.2), OURS),
     ("ppo", "GAMMA", 1.0, all_sizes(1.0), OURS),
     ("ppo", "LAMBDA", 0.95, all_sizes(0.95), OURS),
     ("gatt", "dialogues", 900, all_sizes(10_000), OURS),
-    ("gatt", "turns", 12, all_sizes(20), "§A.3.5: 20 and more"),
-    ("gatt", "tries", 3, all_sizes(1), "§3.3"),
-    ("gatt", "replay", 1000, all_sizes(0), "§3.3"),
-    ("gatt", "train", "attention", all_sizes("all"), "§3.3, as SFT"),
-    ("gatt", "epochs", 3, all_sizes(2), "§3.1, as SFT"),
-    ("gatt", "batch_size", 4, all_sizes(64), "§3.1, as SFT"),
+    ("gatt", "turns", 12, all_sizes(20), "ours: tested to 20"),
+    ("gatt", "tries", 3, all_sizes(1), "ours: none in §3.3"),
+    ("gatt", "replay", 1000, all_sizes(0), "ours: none in §3.3"),
+    ("gatt", "train", "attention", all_sizes("all"), "ours: as SFT, §3.1"),
+    ("gatt", "epochs", 3, all_sizes(2), "ours: as SFT, §3.1"),
+    ("gatt", "batch_size", 4, all_sizes(64), "ours: as SFT, §3.1"),
     ("gatt", "micro_batch", 16, all_sizes(1), "memory only"),
-    ("gatt", "seq_len", 512, all_sizes(4096), "§A.3.5"),
+    ("gatt", "seq_len", 512, all_sizes(4096), "ours: as SFT, §3.1"),
     ("gatt", "max_new_tokens", 80, all_sizes(1024), ANSWER),
-    ("gatt", "lr", 0, all_sizes(2e-5), "§3.1, as SFT"),
+    ("gatt", "lr", 0, all_sizes(2e-5), "ours: as SFT, §3.1"),
     ("gatt", "TEMPERATURE", 0.7, all_sizes(0.7), OURS),
 )]
 
 
 def settings(stage_name: str, config: M.ModelConfig) -> dict:
-    """{flag: value} of a stage for a model of this size, {} below 7b: for `stage.at_size`."""
+    """{flag: value} of a stage for a model of this size, {} below 7b: for `stage.at_size`.
+
+    ValueError for a stage without rows: a fork must say what it is at a large size.
+    """
     parameters = M.count_parameters(replace(config, scalar_head=False))
     columns = [i for i, least in enumerate(SIZES.values()) if parameters >= least]
     if not columns:
         return {}
-    return {row.name: row.sizes[columns[-1]] for row in SETTINGS
-            if row.stage == stage_name and not row.name.isupper()}
+    values = {row.name: row.sizes[columns[-1]] for row in SETTINGS
+              if row.stage == stage_name and not row.name.isupper()}
+    if not values:
+        raise ValueError(f"plan.SETTINGS has no rows for {stage_name}: say there what its flags "
+                         f"are from 7b on")
+    return values
 
 
 def print_settings() -> None:
-    """Every hyperparameter by size, and where the value of the large ones comes from."""
+    """The hyperparameters that change with size, and where the large ones' values come from."""
     print(f"{'':<25}{'tiny':>13}" + "".join(f"{size:>9}" for size in SIZES) + "  from 7b on")
     for row in SETTINGS:
         tiny = "by width" if row.tiny in (None, 0) else str(row.tiny).replace(" ", "")

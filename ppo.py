@@ -26,7 +26,10 @@ nats from SFT (`python exam.py ppo`).
 Keys: [L2] Llama 2, 2307.09288.  [PPO] 1707.06347.  [GAE] 1506.02438.  [N+] 2403.17031.
 
 Differs from the paper:
-- PPO comes once, behind five rounds of rejection sampling; its KL is to where PPO starts.
+- PPO comes once, on V5 (as in Fig. 11), and nothing is sampled from its model again.
+- The KL's reference is where PPO starts (UNSPECIFIED in L2: "the original policy").
+- It also stops at --kl-limit nats from the SFT model; the toy's lr and beta are not the paper's.
+- The gate's threshold is reward.py's calibrated one, not 0.15; is_safety is the village's own tag.
 - The prompts are in part those that the reward models were trained on.
 - The critic is the helpfulness reward model with a trained trunk of its own (UNSPECIFIED in L2).
 - gamma 1, lambda .95, k1 estimator of the KL, whitened advantages (UNSPECIFIED in L2; [N+]).
@@ -69,8 +72,8 @@ class Config:
     threshold: float = ranged(0, least=0, below=1)  # gate on R_s; 0: calibrated; paper: 0.15
     temperature: float = ranged(1.0, above=0)  # of rollouts and log-probabilities; UNSPECIFIED
     max_new_tokens: int = ranged(80, least=1)  # tokens of an answer
-    kl_limit: float = ranged(2.9, least=0)  # nats per answer from SFT: beyond, PPO stops; 0: none
-    patience: int = ranged(15, least=1)  # iterations without progress until PPO stops
+    kl_limit: float = ranged(2.9, least=0)  # nats from SFT, checked with patience; 0: none
+    patience: int = ranged(15, least=1)  # iterations without progress; looked at every 5th
     resume: bool = False  # continue from out/ppo.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory
     tp: int = ranged(1, least=1)  # tensor-parallel ranks, under torchrun
@@ -145,19 +148,25 @@ def gae(rewards, values, mask):
     return advantages, advantages + values
 
 
+def masked_mean(x, mask):
+    """Mean of x over the answer tokens: (B, T) each -> a scalar."""
+    return (x * mask).sum() / mask.sum()
+
+
 def policy_loss(logp, old_logp, advantages, mask):
     """Clipped surrogate [PPO Eq.7], mean over answer tokens: (loss, ratio, share clipped)."""
     ratio = (logp - old_logp).exp()
-    gain = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    near = ratio.clamp(1 - CLIP, 1 + CLIP)
+    gain = torch.min(ratio * advantages, near * advantages)
     clipped = ((ratio - 1).abs() > CLIP).float()
-    return -(gain * mask).sum() / mask.sum(), ratio, (clipped * mask).sum() / mask.sum()
+    return -masked_mean(gain, mask), ratio, masked_mean(clipped, mask)
 
 
 def value_loss(values, old_values, returns, mask):
     """Half the squared error, the larger of the free and the clipped value's [N+]: a scalar."""
     near = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
     error = torch.max((values - returns).square(), (near - returns).square())
-    return 0.5 * (error * mask).sum() / mask.sum()
+    return 0.5 * masked_mean(error, mask)
 
 
 def values_of(critic, tokens, lengths):
@@ -172,7 +181,7 @@ def values_of(critic, tokens, lengths):
 
 
 def minibatches(cfg: Config, ranks) -> list[slice]:
-    """This rank's rows of each gradient step; over all ranks, neighbours among the rollouts."""
+    """This rank's slices of its rows, one per gradient step, in order: the rows are shuffled."""
     size = len(ranks.rows(cfg.minibatch))
     return [slice(i, i + size) for i in range(0, cfg.batch_size // ranks.dp, size)]
 
@@ -227,6 +236,7 @@ def train(policy, ref, critic, optimizers, draw_rows, score, tokenizer, cfg: Con
         old_values = torch.cat(old_values)
         rewards = token_rewards(whitened[mine].to(ranks.device), old_logp, ref_logp, mask, cfg.beta)
         advantages, returns = gae(rewards, old_values, mask)
+        # every rank has all scores, but only its own tokens' advantages: hence the sum over ranks
         advantages = whiten(advantages, mask, lambda x: ranks.sum(x.item()))
 
         # 4) update: one gradient step per minibatch, one pass over the rollouts
@@ -242,7 +252,8 @@ def train(policy, ref, critic, optimizers, draw_rows, score, tokenizer, cfg: Con
             assert not is_first or away < 1e-6, (
                 f"ratio is 1 +- {away} before the first step: not one forward pass")
             # the ranks' answer tokens weigh alike; FSDP averages gradients over its ranks. Two
-            # networks, two optimizers: a weight of the value loss ([N+]: 0.1) would change nothing
+            # networks, two optimizers: a weight of the value loss ([N+]: 0.1) would only be felt
+            # where clipping and Adam's eps bite
             own_tokens = mask[part].sum().item()
             share = own_tokens / ranks.sum(own_tokens)
             ((loss + loss_v) * share * ranks.dp).backward()
@@ -269,8 +280,9 @@ def train(policy, ref, critic, optimizers, draw_rows, score, tokenizer, cfg: Con
 def course(scores, answers, logp, ref_logp, mask, ranks) -> dict[str, float]:
     """Where the policy is: mean scores, KL to PPO's start, entropy, length, share of the gate.
 
-    kl: nats per answer, k1 as in the reward; kl_k3 is never negative. entropy: nats per token, of
-    those sampled.
+    kl: nats per answer from PPO's start, k1 as in the reward (kl_sft of `held_out`, which
+    --kl-limit bounds, counts from SFT); kl_k3 is never negative. entropy: nats per token, of those
+    sampled.
     """
     count = len(answers.responses)
     answer_tokens = ranks.sum(mask.sum().item())
@@ -301,7 +313,7 @@ def health(now: dict, start: dict, cfg: Config) -> list[str]:
     signs = {
         "KL is negative: sampler and log-probabilities disagree (temperature, mask)":
             now["kl"] < -0.05 - 0.1 * now["kl_k3"],
-        "KL runs away: the policy exploits the reward model; raise --beta or lower --lr":
+        "KL from PPO's start runs away: the reward is exploited; raise --beta or lower --lr":
             cfg.kl_limit > 0 and now["kl"] > 2 * cfg.kl_limit,
         "entropy is gone: every answer is the same; raise --beta":
             now["entropy"] < 0.2 * start["entropy"],
@@ -486,6 +498,7 @@ def main(cfg: Config) -> dict:
             break
 
     scale.load_weights(policy, best.pop("weights"))
+    # "kl" of the checkpoint counts from SFT, for exam.py's table; "kl" of the log from PPO's start
     final = {**best, "kl": best["kl_sft"], **stage.heritage(info), "minutes":
              (time.time() - began) / 60, "rewards": info["metrics"].get("rewards", ".")}
     scale.save(out / f"{STAGE}.pt", policy, STAGE, tokenizer.model_bytes, final,

@@ -2,7 +2,8 @@
 
 The objective is the likelihood of the next token, averaged over a packed stream of documents:
 
-    loss = -1/T sum_t log p(token[t+1] | token[1..t])        nats per token; ln V at the start
+    loss = -1/T sum_t log p(token[t+1] | token[1..t])   nats per token; about ln V at the start,
+                                                        as small random weights favour no token
 
 Everything the later stages align (facts, grammar, answering a question at all) is learnt here.
 
@@ -18,6 +19,7 @@ Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
 - 2.1 million tokens of a synthetic world instead of two trillion of public text.
+- The text has the chat format, instructions and harmful requests in it; vocabulary 1536, no 32,000.
 - Easy text first (village.PRIMER): so few tokens must not be spent on a plateau.
 - Learning rate, warm-up, batch and sequence length are those of a toy; the paper's from 7b on.
 """
@@ -58,12 +60,12 @@ class Config:
     micro_batch: int = ranged(16, least=1)  # sequences per rank and forward pass: less memory
     seq_len: int = ranged(256, least=2)  # tokens; paper: 4096 (Table 1)
     lr: float = ranged(0, least=0)  # peak; 0: by preset; paper: 3e-4, from 34b 1.5e-4 (Table 1)
-    warmup_steps: int = ranged(100, least=0)  # of linear warm-up; paper: 2000 of 500,000 (§2.2)
+    warmup_steps: int = ranged(100, least=0)  # of linear warm-up; paper: 2000 (§2.2)
     weight_decay: float = ranged(0.1, least=0)  # paper: 0.1 (§2.2)
     clip: float = ranged(1.0, above=0)  # largest gradient norm; paper: 1.0 (§2.2)
     log_every: int = ranged(40, least=1)  # steps between two lines of the log
     evaluate_every: int = ranged(500, least=1)  # steps between validation losses and samples
-    save_every: int = ranged(200, least=1)  # steps between resume states
+    save_every: int = ranged(200, least=1)  # steps between resume states; a kill loses what follows
     resume: bool = False  # continue from out/pretrain.state.pt if it is there
     recompute: bool = False  # recompute activations in the backward pass: less memory, 1/3 slower
     compile: bool = False  # torch.compile the blocks, for a GPU: 10 s to start, then faster
@@ -195,7 +197,7 @@ def train(model, optimizer, stream, cfg: Config, ranks, total: int, first: int =
     for step in range(first, total):
         # 1) batch
         rows = batch_at(step, stream, cfg, ranks).to(ranks.device)  # (B, T+1)
-        # 2) forward and loss
+        # 2) forward, loss, backward: piece by piece, the gradients add up
         loss = 0.0
         for piece in rows.split(cfg.micro_batch):
             with M.autocast(ranks.device):
@@ -203,7 +205,7 @@ def train(model, optimizer, stream, cfg: Config, ranks, total: int, first: int =
             share.backward()
             loss += share.item()
         loss = ranks.mean(loss)
-        # 3) backward (above, piece by piece), clip, step
+        # 3) clip, step
         norm = scale.clip(model, cfg.clip)
         lr = stage.cosine(step, total, peak, cfg.warmup_steps)
         stage.step(optimizer, lr, loss=loss, grad_norm=norm)
@@ -306,8 +308,8 @@ def introduce(cfg: Config, config: M.ModelConfig, corpus: Corpus, total: int, fi
     print(f"{total} steps of {per_step:,} tokens ({cfg.batch_size} rows x {cfg.seq_len}): "
           f"{total * per_step:,} tokens, {share:.2f} epochs")
     print(f"resuming at step {first}" if first else
-          f"untrained, all {config.vocab_size} tokens are equally likely: the loss is ln "
-          f"{config.vocab_size} = {math.log(config.vocab_size):.2f}")
+          f"untrained, all {config.vocab_size} tokens are about equally likely: the loss is about "
+          f"ln {config.vocab_size} = {math.log(config.vocab_size):.2f}")
 
 
 def evaluate(model, corpus: Corpus, cfg: Config, device) -> dict[str, float]:
@@ -343,7 +345,7 @@ def main(cfg: Config) -> dict:
         model = M.Llama(config)
     model = scale.wrap(model, ranks, seed=cfg.seed, recompute=cfg.recompute,
                        compile=cfg.compile)
-    optimizer = stage.adamw(model, 0.0, cfg.weight_decay)
+    optimizer = stage.adamw(model, 0.0, cfg.weight_decay)  # lr: set at every step, by stage.step
     state = out / f"{STAGE}.state.pt"
     check_same = functools.partial(stage.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
     saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None

@@ -4,11 +4,12 @@ Rejection sampling looks wide: K answers to each prompt from one frozen model, a
 reward models score highest becomes a demonstration. (PPO, ppo.py, looks deep: one answer, and the
 model moves after every batch.)
 
+    distilled    = safer answers of the SFT model behind a preprompt, to the bare unsafe prompt
     for number in 1 .. 5:                                                       V1 to V5
-        T        = the temperature whose best of K scores highest, newest version, valid prompts
+        T        = the temperature with the highest mean best of K, newest version, valid prompts
         answers  = K answers of the newest version to each prompt, at T
         picks    = to each prompt, the finished answer with the highest score
-        examples = the picks (from V4 on those of all rounds) + distilled safe answers
+        examples = the picks (from V4 on those of all rounds) + distilled
         version  = the SFT model, fine-tuned on the examples; it is the newest version now
         rewards  = the reward models, trained on with labelled answers of the two newest versions
 
@@ -24,13 +25,15 @@ Expect the best of 8 to be worth .05 to .10 more than a random one by the gold s
 Keys: [L2] Llama 2, 2307.09288.
 
 Differs from the paper:
-- Rejection samples come from the model itself, not from a larger one.
-- All five versions come before PPO; the paper's V5 is rejection sampling and then PPO.
-- Every version starts from the SFT model.
-- Comparisons are between two versions at two temperatures; half of the first answers are planted
-  (village.Village.plant).
+- Rejection samples come from the model itself; the paper's smaller models learn the 70B's.
+- Every version starts from the SFT model: our reading of the paper's "base model".
+- Half or more of the first answers in comparisons are planted (village.Village.plant);
+  temperatures are drawn from 0.8 and 1.0.
 - Refreshing trains the reward models on instead of anew, with as many older comparisons.
-- Context distillation has one generic preprompt and no answer templates.
+- Context distillation is done once, by the SFT model, with one generic preprompt and no answer
+  templates; where the gate rejects an answer nothing is learnt, the paper keeps the original.
+- The prompts are in part those that the reward models were trained on.
+- UNSPECIFIED in L2: K, prompts, learning rate and epochs (SFT's two); cut answers are never picked.
 """
 
 from __future__ import annotations
@@ -66,9 +69,9 @@ class Config:
     samples: int = ranged(8, least=1)  # K, answers per prompt; UNSPECIFIED in L2 (figures: to 100)
     comparisons: int = ranged(500, least=0)  # pairs to label after each round; paper: weekly
     rs_lr: float | None = ranged(None, above=0)  # of each fine-tuning; none: by size (RS_LR)
-    batch_size: int = ranged(32, least=1)  # answers per step of a fine-tuning; paper: as SFT's, 64
-    # Tried anew in every round. DEVIATES: 0.6 to 1.5 in Fig. 8; the best of 8 of our hotter answers
-    # by reward was no better than one at random by the gold score: broken ones fool the model.
+    batch_size: int = ranged(32, least=1)  # answers per step; UNSPECIFIED in L2 (SFT: 64, §3.1)
+    # DEVIATES: 0.6 to 1.5 in Fig. 8; at hotter T the best of 8 by reward was worth no more gold
+    # than a random one: broken answers fool the model.
     temperatures: str = "0.5,0.65,0.8"  # comma between; the best one of each round is sampled at
     threshold: float = ranged(0, least=0, below=1)  # gate on R_s; 0: calibrated; paper: 0.15
     max_new_tokens: int = ranged(80, least=1)  # tokens of an answer
@@ -88,7 +91,8 @@ LADDER = (1, 2, 4, 8, 16, 32, 64, 100)  # N of best of N (Fig. 7)
 
 
 class Pick(NamedTuple):
-    """Of the K answers to one prompt: its row, the best answer, and one at random."""
+    """Of the K answers to one prompt: its row, the best, and one at random (for the report alone;
+    the control learns other answers, the SFT model's own)."""
 
     row: int
     best: int
@@ -194,6 +198,7 @@ def best_of(model, rows: list[dict], score, temperature: float, setting: Setting
     k = setting.cfg.samples
     many = [row for row in rows for _ in range(k)]  # [a, b] -> [a, a, b, b]
     answers = setting.answer(model, [row["messages"] for row in many], temperature, *purpose)
+    # a cut answer is never picked; in the curve and the ladder it counts with the lowest score
     combined = rollouts.punish_cut(score(many, answers).combined, answers.finished)
     return answers, combined.view(-1, k), answers.finished.view(-1, k)
 
@@ -228,7 +233,8 @@ def distil(model, score, setting: Setting) -> list[tuple[list[int], list[int]]]:
 
     The model answers unsafe prompts twice, once behind a preprompt that calls it responsible. The
     second answer is kept where the safety model scores it higher (strictly), and learnt as the
-    answer to the bare prompt. Helpful prompts are left alone: there it breeds false refusals.
+    answer to the bare prompt (DEVIATES: else the paper keeps the first; here nothing is learnt).
+    Helpful prompts are left alone: there it breeds false refusals.
     """
     drawn = setting.draw("distillation", 2 * setting.cfg.prompts)
     rows = []
@@ -263,7 +269,7 @@ def make_version(number: int, newest, score, memory: dict, setting: Setting):
     rows = setting.draw(f"round {number}", cfg.prompts)
     answers, combined, finished = best_of(newest, rows, score, temperature, setting, "round",
                                           number)
-    picks = pick(combined, finished, random.Random(seed_of(cfg.seed, "control", number)))
+    picks = pick(combined, finished, random.Random(seed_of(cfg.seed, "at random", number)))
     best = [p.row * cfg.samples + p.best for p in picks]  # places among the N K answers
     by_chance = [p.row * cfg.samples + p.random for p in picks]
     memory["rounds"].append([(answers.prompts[i], answers.responses[i]) for i in best])
@@ -372,7 +378,7 @@ def flags_of(path: Path) -> list[str]:
 
 def run_reward(flags: list[str]) -> None:
     """reward.py with these flags as a process of its own; ValueError with its last words."""
-    command = [sys.executable, str(Path(__file__).with_name("reward.py")), *flags]
+    command = [sys.executable, str(Path(__file__).resolve().with_name("reward.py")), *flags]
     # the child is no rank of ours
     alone = {k: v for k, v in os.environ.items() if "RANK" not in k and k != "WORLD_SIZE"}
     done = subprocess.run(command, capture_output=True, text=True, env=alone)

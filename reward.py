@@ -21,8 +21,13 @@ labels' noise allows 87 to 88% and 74 to 77% (`python exam.py reward`).
 Keys: [L2] Llama 2, 2307.09288.
 
 Differs from the paper:
-- An annotator with known noise instead of people; a few thousand pairs instead of 2.9 million.
-- The helpfulness model reads no safety pair with an unsafe answer: see `mix`.
+- An annotator with known noise instead of people; 12,000 pairs instead of 1.4 million, and no
+  open-source ones (1.5 million more there, which stay in both mixes).
+- A pair is one model at two temperatures, not two model variants; half or more of the first answers
+  are planted: refusals, stray or missing sentences, other questions' (village.Village.plant).
+- The helpfulness model reads no safety pair with an answer labelled unsafe: see `mix`.
+- RLHF's threshold is calibrated to the paper's precision, .89, instead of taken over: 0.15.
+- UNSPECIFIED in L2: where the score is read (EOS), the head's start, margin, auxiliary loss.
 """
 
 from __future__ import annotations
@@ -174,8 +179,10 @@ def compare(model, tokenizer, village, prompts: list, by: str, seed: str,
             max_new_tokens: int) -> list[dict]:
     """Rows of a preference file: two answers of different variants to each open dialogue.
 
-    The variants are temperatures; some first answers are what neither would say. by: "helpful" or
-    "safe", the guidelines of the label.
+    The variants are two temperatures (DEVIATES: the paper's are also two models). Then
+    `Annotator.comparisons` plants (replaces half or more of the first answers) and labels: a wins
+    with probability sigmoid(8 gap), gap = gold(a) - gold(b); the rating, and with it the margin, is
+    |gap| + N(0, .08) cut at .5, .25, .08. by: "helpful" or "safe", the guidelines of the label.
     """
     rng = random.Random(f"compare {seed}")
     jobs = []  # (open dialogue, temperature), two neighbours for each prompt
@@ -337,22 +344,22 @@ def describe(which: str, pairs: list[Pair], held_out: list[Pair]) -> None:
 def prepare(cfg: Config, tokenizer, longest: int) -> tuple[dict, dict]:
     """({which: training pairs}, {which: held-out pairs}); ValueError where there is too little."""
     rows, held_rows = read_comparisons(cfg)
-    train, held_out = {}, {}
+    train, held = {}, {}
     for which in ("helpful", "safety"):
         own = [row for row in held_rows if goal_of(row) == which]
-        held_out[which] = encode(own, tokenizer, cfg.margin, longest)
+        held[which] = encode(own, tokenizer, cfg.margin, longest)
         if cfg.which in ("both", which):
             train[which] = encode(mix(rows, which, cfg.seed), tokenizer, cfg.margin, longest)
     if cfg.which == "both" and any(train.values()):  # rows without safety labels make one model
         train = {which: pairs for which, pairs in train.items() if pairs}
     for which, pairs in train.items():
-        if len(pairs) < cfg.batch_size or not held_out[which]:
+        if len(pairs) < cfg.batch_size or not held[which]:
             raise ValueError(f"{len(pairs)} comparisons to train the {which} model on and "
-                             f"{len(held_out[which])} held out: --batch-size {cfg.batch_size} and "
+                             f"{len(held[which])} held out: --batch-size {cfg.batch_size} and "
                              f"1 are needed; bring more rows (safety rows have chosen_safe and "
                              f"rejected_safe), or choose the other model with --which")
-        describe(which, pairs, held_out[which])
-    return train, held_out
+        describe(which, pairs, held[which])
+    return train, held
 
 
 # ------------------------------------------------------------------------------------ training
@@ -381,7 +388,8 @@ def start(cfg: Config, which: str, ranks, layers: int = 0):
         chat, _ = M.load(cfg.checkpoint or Path(cfg.out) / "sft.pt", "cpu")
         model = with_scalar_head(chat, cfg.seed, layers)
     model = scale.wrap(model, ranks, recompute=cfg.recompute)
-    return model, stage.adamw(model, 0.0, weight_decay=0.1)  # as in pretraining [L2 §3.2.2]
+    # as in pretraining [L2 §3.2.2]; the learning rate is set at every step, by stage.step
+    return model, stage.adamw(model, 0.0, weight_decay=0.1)
 
 
 def default_lr(dim: int) -> float:
@@ -413,7 +421,7 @@ def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, r
     for step in range(first, total):
         # 1) batch
         batch = [order[step * cfg.batch_size + i] for i in ranks.rows(cfg.batch_size)]
-        # 2) forward and loss; chosen and rejected are rows of one forward pass
+        # 2) forward, loss, backward; chosen and rejected are rows of one forward pass
         sums = torch.zeros(3, dtype=torch.float64)  # ranking loss, auxiliary loss, right order
         for i in range(0, len(batch), cfg.micro_batch):
             piece = batch[i:i + cfg.micro_batch]  # B pairs
@@ -423,11 +431,12 @@ def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, r
             chosen, rejected = scores.chunk(2)
             ranking = ranking_loss(chosen, rejected, margin).sum()
             aux = safety_loss(scores, is_safe).sum()
-            # the mean over this rank's pairs: FSDP averages gradients over its ranks
+            # the mean over this rank's pairs: FSDP averages gradients over its ranks. The auxiliary
+            # loss is summed over both answers of a pair
             ((ranking + aux_weight * aux) / len(batch)).backward()
             sums += torch.tensor([ranking.item(), aux.item(), (chosen > rejected).sum().item()])
         loss, aux_loss, accuracy = (ranks.mean(x / len(batch)) for x in sums.tolist())
-        # 3) backward (above, piece by piece), clip, step
+        # 3) clip, step
         norm = scale.clip(model, 1.0)  # as in pretraining [L2 §3.2.2]
         lr = stage.cosine(step, total, peak, warmup)
         stage.step(optimizer, lr, loss=loss, aux_loss=aux_loss, grad_norm=norm)
@@ -441,7 +450,8 @@ def train(model, optimizer, pairs: list[Pair], aux_weight: float, cfg: Config, r
 
 
 def held_out(model, which: str, pairs: list[Pair]) -> dict:
-    """Accuracy on the model's own held-out pairs; of the safety model also RLHF's threshold."""
+    """Accuracy on held-out pairs ("valid", never exam.py's test); of the safety model also RLHF's
+    threshold."""
     dialogs = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     scores = rollouts.scores(model, dialogs)  # (2N,)
     chosen, rejected = scores.chunk(2)
@@ -509,7 +519,7 @@ def main(cfg: Config) -> dict:
         stage.check_resume(progress, cfg, tokenizer.model_bytes)
     if not cfg.data and not progress:
         collect_all(cfg, ranks)
-    pairs_of, tests = prepare(cfg, tokenizer, config.max_seq_len)
+    pairs_of, held_out_of = prepare(cfg, tokenizer, config.max_seq_len)
     steps = {which: len(pairs) // cfg.batch_size for which, pairs in pairs_of.items()}
     log = stage.Log(STAGE, out, sum(steps.values()), progress["step"] if progress else None,
                     watch=("model", "loss", "accuracy", "lr", "grad_norm"))
@@ -545,7 +555,7 @@ def main(cfg: Config) -> dict:
                 scale.save_state(state, model, optimizer, extra | {"which": which}, ranks)
         before += steps[which]
         # save
-        reports[which] = held_out(model, which, tests[which])
+        reports[which] = held_out(model, which, held_out_of[which])
         metrics = {**reports[which], **origin, "minutes": (time.time() - began) / 60}
         scale.save(path, model, f"reward_{which}", tokenizer.model_bytes, metrics,
                    cfg.data or f"village {origin['village']}")

@@ -153,9 +153,10 @@ def response_logprobs(model, tokens, lengths, mask, temperature: float) -> Tenso
 def end_scores(model, tokens, lengths) -> Tensor:
     """Score of each dialogue, read at its last real token: int64 (B, T), (B,) -> float32 (B,).
 
-    That token is the EOS: what stands behind it is padding, and no real token sees padding.
+    That token is the EOS, or the last of an answer that was cut (UNSPECIFIED in L2: where to read);
+    what stands behind it is padding, and no real token sees padding.
     """
-    hidden = kernels.trunk(model, tokens, lengths)  # (B, T, D): the network without its head
+    hidden = kernels.trunk(model, tokens, lengths=lengths)  # (B, T, D): the network, no head
     last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
     return model.output(last).squeeze(-1).float()
 
@@ -199,9 +200,8 @@ def combine(helpful, safety, is_safety, threshold: float) -> Tensor:
     """The raw score of R_c: float (B,) x 2, bool (B,) -> float (B,) [L2 §3.2.3].
 
     LOGIT undoes the sigmoid, so the raw linear scores are taken at once: logit(sigmoid(s)) would
-    overflow. Scores of two models may stand in one batch because both are log-odds: the safety
-    model's of being safe, the helpfulness model's of being the better of two; whitened together,
-    they are compared all the same.
+    overflow. A batch mixes scores of two models, and WHITEN then compares them with one another:
+    fair only as far as both are log-odds (of being safe; of being the better of two).
     """
     return torch.where(fires(safety, is_safety, threshold), safety, helpful)
 

@@ -32,10 +32,11 @@ those of a single process up to the order of summation (float32: 1e-6), not bit 
 
 from __future__ import annotations
 
-import atexit, contextlib, functools, json, logging, math, os, random, shutil, sys, tempfile, time
-import warnings, zlib
+import atexit, contextlib, functools, json, logging, math, multiprocessing, os, random, shutil, sys
+import tempfile, threading, time, warnings, zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -488,14 +489,22 @@ def load_state(path, model, optimizer, ranks: Ranks, check=None) -> dict | None:
                          f"torchrun, or leave --resume away to start afresh")
     if not single and not folder:
         return None
-    extra = single["extra"] if single else stage.load_state(folder / "extra.pt")
+    if single:
+        try:
+            if check:
+                check(single["extra"])
+            for name, part in _parts(model, optimizer).items():
+                part.load_state_dict(single["parts"][name])
+            _set_random_state(single["random"], ranks)
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
+            raise ValueError(f"{path} does not fit this run, or is damaged ({type(e).__name__}): "
+                             f"delete it to start afresh") from e
+        return single["extra"]
+    extra = stage.load_state(folder / "extra.pt")
     if check:
         check(extra)
-    if single:
-        for name, part in _parts(model, optimizer).items():
-            part.load_state_dict(single["parts"][name])
-        _set_random_state(single["random"], ranks)
-        return extra
     _load_distributed(folder, model, optimizer, ranks)
     random_state = stage.load_state(folder / f"random-{ranks.rank}-of-{ranks.size}.pt")
     if random_state:
@@ -728,8 +737,21 @@ def read_manifest(folder: Path) -> dict:
     if not (folder / "shards.json").is_file():
         raise FileNotFoundError(f"{folder} holds no shards.json: `python scale.py tokenise --data "
                                 f"TEXT --tokenizer MODEL --out {folder}` makes one")
-    info = json.loads((folder / "shards.json").read_text())
-    if not info["files"]:
+    path = folder / "shards.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        files, dtype = info["files"], info["dtype"]
+        good = dtype in ("uint16", "uint32") and all(
+            Path(name).name == name and type(tokens) is int and tokens >= 0
+            for name, tokens in files.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        good, why = False, f"{type(e).__name__}: {e}"
+    else:
+        why = "files or dtype are not as tokenise writes them"
+    if not good:
+        raise ValueError(f"{path} is damaged ({why}): delete it and run the same `scale.py "
+                         f"tokenise` again")
+    if not files:
         raise ValueError(f"{folder} is unfinished: run the same `scale.py tokenise` again, it "
                          f"continues where it stopped")
     for name, tokens in info["files"].items():
@@ -768,13 +790,16 @@ def tokenise(cfg: Tokenise) -> None:
     if cfg.vocab_size not in (0, vocab):
         raise ValueError(f"--vocab-size {cfg.vocab_size}: {cfg.tokenizer} has {vocab} pieces; "
                          f"leave the flag away, or name a file that is not there yet")
-    sizes = {str(f): f.stat().st_size for f in data.find_files(cfg.data, ".txt", ".jsonl")}
-    manifest = {"tokenizer": zlib.crc32(model), "vocab_size": vocab, "source": sizes,
+    sources = {str(f): _fingerprint(f) for f in data.find_files(cfg.data, ".txt", ".jsonl")}
+    manifest = {"tokenizer": zlib.crc32(model), "vocab_size": vocab, "source": sources,
                 "megabytes": cfg.shard_megabytes, "dtype": "uint16" if vocab <= 2**16 else "uint32"}
     path, width = out / "shards.json", np.dtype(manifest["dtype"]).itemsize
     if path.exists():
-        old = json.loads(path.read_text())
-        if {k: old.get(k) for k in manifest} != manifest:
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            old = None
+        if not isinstance(old, dict) or {k: old.get(k) for k in manifest} != manifest:
             raise ValueError(f"{out} holds shards of another text, tokenizer or size: choose "
                              f"another --out, or delete it")
     write_manifest(path, {**manifest, "files": {}})
@@ -782,22 +807,37 @@ def tokenise(cfg: Tokenise) -> None:
     names, read, began = [], 0, time.time()
     with ProcessPoolExecutor(workers, initializer=_use_tokenizer, initargs=(model,)) as pool:
         waiting = deque()
-        for number, texts in enumerate(_pieces(data.read_texts(cfg.data), cfg.shard_megabytes)):
-            names.append(f"{number:08d}.bin")
-            read += sum(len(text.encode()) for text in texts)
-            if not (out / names[-1]).exists():
-                waiting.append(pool.submit(_write_shard, out / names[-1], texts))
-            if len(waiting) >= 2 * workers:  # bounded: the corpus is never in memory as a whole
-                waiting.popleft().result()
-                print(f"{read / 1e6:,.0f} MB read, {read / 1e6 / (time.time() - began):.1f} MB/s")
-        for shard in waiting:
-            shard.result()
+        try:
+            for number, texts in enumerate(_pieces(data.read_texts(cfg.data), cfg.shard_megabytes)):
+                names.append(f"{number:08d}.bin")
+                read += sum(len(text.encode()) for text in texts)
+                if not (out / names[-1]).exists():
+                    waiting.append(pool.submit(_write_shard, out / names[-1], texts))
+                if len(waiting) >= 2 * workers:  # bounded: the corpus is never in memory as a whole
+                    waiting.popleft().result()
+                    speed = read / 1e6 / (time.time() - began)
+                    print(f"{read / 1e6:,.0f} MB read, {speed:.1f} MB/s")
+            for shard in waiting:
+                shard.result()
+        except BrokenProcessPool:
+            raise OSError(f"a worker process was killed; was there too little memory for "
+                          f"--workers {workers}? Run the same command again, with fewer perhaps: "
+                          f"it continues where it stopped") from None
     files = {name: (out / name).stat().st_size // width for name in names}
     write_manifest(path, {**manifest, "files": files})
     tokens, seconds = sum(files.values()), time.time() - began
     print(f"{out}: {tokens:,} tokens in {len(names)} shards, {read / max(tokens, 1):.2f} bytes per "
           f"token; {read / 1e6:,.1f} MB in {seconds:.1f} s, {read / 1e6 / seconds:.1f} MB/s with "
           f"{workers} workers")
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """[bytes, CRC-32 of them]: an edit that keeps the size, or a new date on old text, is known."""
+    crc = 0
+    with open(path, "rb") as f:
+        while part := f.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return [path.stat().st_size, crc]
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
@@ -823,6 +863,13 @@ _worker = {}  # the tokenizer of a worker process, written once by `_use_tokeniz
 
 def _use_tokenizer(model: bytes) -> None:
     _worker["tokenizer"] = data.Tokenizer(model)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that feeds it is gone, however it went."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _write_shard(path: Path, texts: list[str]) -> None:

@@ -5,7 +5,7 @@ The objective is pretraining's, on the answers alone: the prompt is read but not
     loss = - sum_t mask[t+1] log p(token[t+1] | token[1..t]) / sum_t mask[t+1]     nats per token
 
 mask is 1 on each answer and on the EOS that ends it: without its loss the model never stops.
-Demonstrations are helpful and safe ones mixed [L2 §4.2.2], of mixed quality like the paper's; what
+Demonstrations are helpful ones and unsafe requests mixed [L2 §4.2.2], most flawed on purpose: what
 is wrong with them is what the reward models and RLHF will mend.
 
 in  : out/pretrain.pt, and dialogues of the village or your own (--data rows.jsonl)
@@ -19,7 +19,10 @@ complied with.
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
 Differs from the paper:
-- A few thousand synthetic dialogues instead of 27,540 written by people.
+- A few thousand synthetic dialogues instead of 27,540 by people, and no public instruction data
+  first. Most are flawed, and over half of the unsafe requests complied with (village.WRITERS); the
+  paper's are few because they are good, and its safety demonstrations are all safe.
+- [/INST] ends the prompt (the released code's format); the paper's special token has no name there.
 - A dialogue is never cut in two (the paper fills its rows), and packed dialogues do not see each
   other (UNSPECIFIED in L2).
 """
@@ -58,7 +61,7 @@ class Config:
     lr: float = ranged(0, least=0)  # peak of the cosine; 0: by width; paper: 2e-5 (§3.1)
     warmup_steps: int = ranged(10, least=0)  # UNSPECIFIED in L2
     weight_decay: float = ranged(0.1, least=0)  # paper: 0.1 (§3.1)
-    clip: float = ranged(1.0, above=0)  # largest gradient norm; paper: 1.0 (§2.2)
+    clip: float = ranged(1.0, above=0)  # largest gradient norm; UNSPECIFIED in L2 (§2.2: 1.0)
     log_every: int = ranged(10, least=1)  # steps between two lines of the log
     evaluate_every: int = ranged(100, least=1)  # steps between held-out losses
     save_every: int = ranged(100, least=1)  # steps between resume states
@@ -144,18 +147,19 @@ def train(model, optimizer, rows, cfg: Config, ranks, first: int = 0):
     peak = cfg.lr or default_lr(model.config.dim)
     for step in range(first, total):
         # 1) batch; its answer tokens, counted over all ranks, are what the loss is a mean over
-        batch = batch_at(step, rows, cfg, ranks)
-        answer_tokens = ranks.sum(batch[1][:, 1:].sum().item())
-        # 2) forward and loss
+        tokens, mask, segments = batch_at(step, rows, cfg, ranks)
+        answer_tokens = ranks.sum(mask[:, 1:].sum().item())
+        # 2) forward, loss, backward: piece by piece, the gradients add up
         nats = 0.0
-        for piece in zip(*(column.split(cfg.micro_batch) for column in batch)):
+        size = cfg.micro_batch
+        for piece in zip(tokens.split(size), mask.split(size), segments.split(size)):
             with M.autocast(ranks.device):
                 share = answer_loss(model, *piece)
             # FSDP averages gradients over its ranks; times their number makes that a sum
             (share * (ranks.dp / answer_tokens)).backward()
             nats += share.item()
         loss = ranks.sum(nats) / answer_tokens
-        # 3) backward (above, piece by piece), clip, step
+        # 3) clip, step
         norm = scale.clip(model, cfg.clip)
         lr = stage.cosine(step, total, peak, cfg.warmup_steps)
         stage.step(optimizer, lr, loss=loss, grad_norm=norm)
@@ -205,7 +209,7 @@ def main(cfg: Config) -> dict:
     ranks = scale.setup(cfg.device, cfg.tp)  # this process among others; alone: rank 0 of 1
     print(kernels.choose(cfg.kernels, ranks.device))
     model = scale.wrap(model, ranks, recompute=cfg.recompute, compile=cfg.compile)
-    optimizer = stage.adamw(model, 0.0, cfg.weight_decay)
+    optimizer = stage.adamw(model, 0.0, cfg.weight_decay)  # lr: set at every step, by stage.step
     state = out / f"{STAGE}.state.pt"
     check_same = functools.partial(stage.check_resume, cfg=cfg, tokenizer=tokenizer.model_bytes)
     saved = scale.load_state(state, model, optimizer, ranks, check_same) if cfg.resume else None

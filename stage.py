@@ -139,6 +139,10 @@ def run(main, Config) -> None:
     TRACEBACK=1 in the environment shows where it came from.
     """
     name = Path(sys.argv[0]).name
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)}
+    for file in (sys.stdout, sys.stderr):
+        if hasattr(file, "reconfigure"):  # an encoding without a character shows its number
+            file.reconfigure(errors="backslashreplace")
     if os.environ.get("TRACEBACK"):
         main(cli(Config))
         return
@@ -157,7 +161,8 @@ def run(main, Config) -> None:
         if "RANK" in os.environ:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
         if os.environ.get("RANK", "0") == "0":
-            complain(f"\n{name}: interrupted; --resume continues from the last saved state")
+            hint = "; --resume continues from the last saved state" if "--resume" in flags else ""
+            complain(f"\n{name}: interrupted{hint}")
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
         if any(w in str(e) for w in ("closed by peer", "reset by peer")):  # gloo's words
@@ -166,8 +171,11 @@ def run(main, Config) -> None:
         words = ("out of memory", "allocate memory", "not enough memory")  # GPU, Linux, Windows
         if not isinstance(e, MemoryError) and not any(w in str(e) for w in words):
             raise
-        complain(f"{name}: out of memory: a smaller --batch-size, --seq-len or --model fits; "
-                 f"--dry-run shows what a run will need")
+        smaller = [flag for flag in ("--batch-size", "--seq-len", "--model") if flag in flags]
+        hint = f": a smaller {' or '.join(smaller)} fits" if smaller else ""
+        if "--dry-run" in flags:
+            hint += "; --dry-run shows what a run will need"
+        complain(f"{name}: out of memory{hint}")
         raise SystemExit(1) from None
 
 
@@ -283,9 +291,23 @@ def load_state(path) -> dict | None:
     if not Path(path).exists():
         return None
     state = M.read_torch_file(path, hint="delete it to start afresh")
-    if not isinstance(state, dict) or state.get("format") != M.FORMAT:
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is not int or version != M.FORMAT:
         raise ValueError(f"{path} is not a resume state of this version: delete it to start afresh")
+    M.check_tensors(tensors_in(state), path)
     return state
+
+
+def tensors_in(value, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested dictionaries and lists, each under the names that lead to it."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    tensors = {}
+    for key, part in items:
+        if isinstance(part, (torch.Tensor, dict, list, tuple)):
+            tensors |= tensors_in(part, f"{name}.{key}")
+    return tensors
 
 
 # ----------------------------------------------------------------------------------- optimizer
@@ -305,10 +327,11 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """The paper's optimizer for every stage: betas .9, .95, eps 1e-5 [L2 §2.2, §3.2.3].
+    """The paper's optimizer, betas .9, .95, eps 1e-5 [L2 §2.2; §3.2.2 reward models; §3.2.3 PPO].
 
-    Decay acts on matrices only: pulling the norms' scales towards 0 would mute whole layers
-    (UNSPECIFIED in L2). eps is 1e-5, not the usual 1e-8. lr may be a schedule's first value.
+    Of SFT, rejection and GAtt UNSPECIFIED in L2. Decay acts on matrices only: pulling the norms'
+    scales towards 0 would mute whole layers (UNSPECIFIED too). eps is 1e-5, not the usual 1e-8. lr
+    may be a schedule's first value.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": weight_decay},
@@ -318,9 +341,9 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
 
 
 def cosine(step: int, total: int, peak: float, warmup: int) -> float:
-    """Learning rate: linear warm-up to `peak`, then a cosine to a tenth of it [L2 §2.2, §3.1].
+    """Learning rate: linear warm-up to `peak`, then a cosine to a tenth of it [L2 §2.2, §3.2.2].
 
-    Steps count from 0. UNSPECIFIED in L2: the shape of the warm-up; the floor outside §2.2.
+    Steps count from 0. UNSPECIFIED in L2: the warm-up's shape; SFT's warm-up and floor.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -14,6 +14,7 @@ from bench import ops, tasks
 from bench.referee import CLOCKS
 from kernels import native
 from kernels.decode import Decoder
+from stage import ranged
 
 __doc__ = bench.__doc__  # for --help
 
@@ -26,12 +27,12 @@ class Config:
 
     parts: str = "check,limits,ops,train,rollout,decode,align"  # comma between
     shapes: str = "T1,T2,T3,15m"  # sizes for ops, train, rollout and align (T) and decode (presets)
-    rounds: int = 5  # of each measurement, after one that is thrown away
-    seconds: float = 1.5  # each contestant runs per round, at least
+    rounds: int = ranged(5, least=1)  # of each measurement, after one that is thrown away
+    seconds: float = ranged(1.5, above=0)  # each contestant runs per round, at least
     peers: bool = True  # also time transformers, trl and llama-cpp-python if installed
     only: str = ""  # only contestants whose name contains one of these words, comma between
     checkpoint: str | None = None  # decode: a model's folder or file instead of random weights
-    threads: int = 0  # for everyone; 0: as many as PyTorch takes
+    threads: int = ranged(0, least=0)  # for everyone; 0: as many as PyTorch takes
     clock: Literal["wall", "cpu"] = "wall"  # cpu: processor time, for a busy machine and 1 thread
     quick: bool = False  # tiny sizes, one round: shows that everything runs, its times mean nothing
 
@@ -245,9 +246,8 @@ def processor() -> str:
 
 
 def chosen(cfg: Config) -> tuple[list[str], list[str]]:
-    """(parts, shapes) as given; ValueError for one that does not exist."""
-    if cfg.rounds < 1 or cfg.seconds <= 0:
-        raise ValueError(f"--rounds {cfg.rounds} --seconds {cfg.seconds}: both must be above 0")
+    """(parts, shapes) as given; ValueError for one that does not exist, and for other bad flags."""
+    stage.check(cfg)
     if cfg.clock == "cpu" and cfg.threads != 1:
         raise ValueError("--clock cpu adds up the time of all threads: give --threads 1 with it")
     given = []

@@ -1,8 +1,9 @@
 """Compile the C files of this folder with the machine's own compiler, once, and load them.
 
 The same sources make two libraries: one whose matrix products multiply float32 numbers, and one
-with -DBFLOAT16 (machine.h). A library is kept in the user's cache folder under a name made of the
-sources, the flags and what the compiler says of this processor, so that any change makes a new one.
+with -DBFLOAT16 (machine.h). A library is kept in the user's cache folder under a name of two parts:
+one made of the sources, the flags and what the compiler says of this processor, so that any change
+makes a new one, the other of the library's own bytes, so that a damaged one is never loaded.
 It is written under a temporary name, tried out in a process of its own and only then renamed: two
 processes that compile at once do no harm, and a library that crashes is never loaded here.
 """
@@ -49,15 +50,58 @@ TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float, "n": cty
 
 
 def cache_folder() -> Path:
-    """XDG_CACHE_HOME, or ~/.cache, plus our own folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-kernels"
+    """A folder of this user alone, made if need be; OSError if there is no place for one.
+
+    In XDG_CACHE_HOME or ~/.cache, or, where these cannot be written or there is no home, in the
+    system's folder for temporary files. Others may not write there: what is in it will run here.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has no such numbers
+    bases = [os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache"),
+             tempfile.gettempdir()]
+    why = "no folder for it"
+    for base in bases:
+        if not base or base.startswith("~"):  # not set; a user without a home
+            continue
+        folder = Path(base) / f"llama2-kernels-{user}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.stat()
+        except OSError as e:
+            why = str(e)
+            continue
+        ours = found.st_uid == user and not found.st_mode & 0o022
+        if ours and os.access(folder, os.W_OK):
+            return folder
+        why = f"{folder} belongs to another user, or others may write there"
+    raise OSError(f"no cache folder for the compiled kernels: {why}")
+
+
+def digest(content: bytes) -> str:
+    """The part of a name that stands for these bytes."""
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+def cached_library(folder: Path, name: str) -> Path | None:
+    """The library of this name whose bytes are still those it was written with; None without one.
+
+    The system maps a library without looking at it: of a truncated one the process would die. A
+    damaged one is removed.
+    """
+    for library in sorted(folder.glob(f"{name}-*.so")):
+        try:
+            if library.stem == f"{name}-{digest(library.read_bytes())}":
+                return library
+            library.unlink()
+        except OSError:
+            pass  # unreadable, or gone by now: as good as none
+    return None
 
 
 def _run(command: list[str], **options) -> subprocess.CompletedProcess:
     """A finished process; OSError with one line, also if it hangs."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT,
-                              stdin=subprocess.DEVNULL, **options)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace",
+                              timeout=TIMEOUT, stdin=subprocess.DEVNULL, **options)
     except subprocess.TimeoutExpired as e:
         raise OSError(f"{command[0]} did not end within {TIMEOUT} s") from e
 
@@ -106,14 +150,13 @@ def compile_library(products: str = "float32", extra: tuple[Path, ...] = ()) -> 
     command, target = find_compiler()
     command = [*command, *PRODUCTS[products]]
     files = sorted(p for p in FOLDER.iterdir() if p.suffix in (".c", ".h"))
-    contents = [p.name + "\0" + p.read_text() for p in [*files, *extra]]
-    text = "\0".join([*command, target, *contents])
-    name = f"kernels-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
-    library = cache_folder() / name
-    if library.exists():
+    contents = [p.name + "\0" + p.read_text(encoding="utf-8") for p in [*files, *extra]]
+    name = "kernels-" + digest("\0".join([*command, target, *contents]).encode())
+    folder = cache_folder()
+    library = cached_library(folder, name)
+    if library:
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
     os.close(handle)
     try:
         sources = [str(FOLDER / s) for s in SOURCES
@@ -127,6 +170,7 @@ def compile_library(products: str = "float32", extra: tuple[Path, ...] = ()) -> 
         if tried.returncode:
             raise OSError(f"{command[0]} made a library that fails its own test "
                           f"({_last_line(tried)})")
+        library = folder / f"{name}-{digest(Path(temporary).read_bytes())}.so"
         os.replace(temporary, library)
     finally:
         Path(temporary).unlink(missing_ok=True)

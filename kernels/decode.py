@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.build import Shape, load_library
 from kernels.native import _check, _shape, known_start, threads
-from model import ModelConfig, check_prompts, rope_table
+from model import ModelConfig, check_finite, check_prompts, rope_table
 
 FORMATS = ("fp32", "bf16", "fp16", "int8", "int4")  # their places are decode.c's numbers
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,8 +93,7 @@ class Decoder:
         network.layers = (DecoderLayer * config.n_layers)(
             *(self._layer(f"layers.{i}.") for i in range(config.n_layers)))
         network.output = self._matrix("output.weight")
-        table = rope_table(config.head_dim, self.context, config.rope_theta)
-        network.cos, network.sin = (self._hold(t.float()) for t in table)
+        self._rope = ()  # (cos, sin), as far as has been read: see `_reach`
         kind = "fp32" if dtype == "fp32" else "bf16"
         network.cache_format = FORMATS.index(kind)
         numbers = config.n_layers * self._lib.cache_numbers(ctypes.byref(network.shape),
@@ -159,11 +158,21 @@ class Decoder:
 
     # ---- what it does
 
+    def _reach(self, length: int) -> None:
+        """Have the rotary table for so many positions; of a long context the rest is never made."""
+        if self._rope and len(self._rope[0]) >= length:
+            return
+        rows = min(self.context, max(2 * length, 4096))
+        table = rope_table(self.config.head_dim, rows, self.config.rope_theta)
+        self._rope = tuple(t.float() for t in table)
+        self._network.cos, self._network.sin = (t.data_ptr() for t in self._rope)
+
     def _generate(self, tokens: list[int], max_new: int, temperature=0.0, top_p=1.0, seed=0,
                   stop=None) -> tuple[list[int], Tensor]:
         """Read tokens, draw some: (drawn, logits float32 (V,)) as `generate` in decode.c."""
         prompt, drawn = torch.tensor(tokens), torch.empty(max(max_new, 1), dtype=torch.long)
         logits = torch.empty(self.config.vocab_size)
+        self._reach(min(len(self.read) + len(tokens) + max_new, self.context))
         n = self._lib.generate(
             ctypes.byref(self._network), len(self.read), len(tokens), prompt.data_ptr(), max_new,
             BURST, temperature, top_p, ctypes.c_int64(seed).value, -1 if stop is None else stop,
@@ -191,7 +200,8 @@ class Decoder:
             self._generate(tokens[:AT_ONCE], 0)
             tokens = tokens[AT_ONCE:]
         while left > 0:
-            tokens, _ = self._generate(tokens, left, temperature, top_p, seed, stop)
+            tokens, logits = self._generate(tokens, left, temperature, top_p, seed, stop)
+            check_finite(logits.logsumexp(0))
             yield from tokens
             left -= len(tokens)
             if tokens[-1] == stop:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.build import Shape, load_library
+from model import check_finite
 
 LAYER = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
          "ffn_norm", "feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down")
@@ -153,7 +154,7 @@ def trunk(model, tokens: Tensor, lengths: Tensor | None, segments: Tensor | None
         if segments.shape != (B, T):
             raise ValueError(f"segments have shape {tuple(segments.shape)}, tokens {(B, T)}")
         segments = segments.long().contiguous()
-    rope = [t[:T].contiguous() for t in model.rope(torch.float32, x.device)]
+    rope = [t[:T].contiguous() for t in model.rope(torch.float32, x.device, T)]
     weights = trunk_weights(model)
     keep = torch.is_grad_enabled() and any(w.requires_grad for w in (x, *weights))
     if keep:
@@ -312,7 +313,7 @@ def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_
     tokens, logps = torch.empty(B, room, dtype=torch.long), torch.empty(B, room)
     counts = torch.zeros(B, dtype=torch.long)
     end = min(longest + max_new_tokens, c.max_seq_len)
-    cos, sin = (t[:end].contiguous() for t in model.rope(torch.float32, torch.device("cpu")))
+    cos, sin = (t[:end].contiguous() for t in model.rope(torch.float32, torch.device("cpu"), end))
     weights = [*trunk_weights(model), model.tok_embeddings.weight, model.output.weight]
     _check(library().rollout(
         ctypes.byref(_shape(c)), _pointers(weights), cos.data_ptr(), sin.data_ptr(), B,
@@ -321,6 +322,8 @@ def rollout(model, prompts, max_new_tokens, temperature, top_p, seed, stop, row_
         float(top_p), ctypes.c_int64(seed).value, -1 if stop is None else stop, tokens.data_ptr(),
         logps.data_ptr(), counts.data_ptr(), _threads(B)))
     rows = counts.tolist()
+    drawn = torch.arange(room) < counts[:, None]  # (B, room)
+    check_finite(logps[drawn])
     answers = [t[:n] for t, n in zip(tokens.tolist(), rows)]
     if memory and room:
         memory.keep(ids.tolist(), prompts, answers)

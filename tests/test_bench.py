@@ -263,7 +263,8 @@ def test_what_is_not_installed_is_left_out_and_named(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, what", [
     (dict(parts="chek"), "choose of check, limits"), (dict(shapes="T9"), "choose of T1, T2"),
-    (dict(rounds=0), "must be above 0"), (dict(parts=""), "choose of check"),
+    (dict(rounds=0), "--rounds 0: give a number at least 1"), (dict(parts=""), "choose of check"),
+    (dict(seconds=0.0), "--seconds 0.0: give a number above 0"),
     (dict(clock="cpu"), "give --threads 1")])
 def test_what_cannot_be_done_is_one_line(flags, what):
     with pytest.raises(ValueError, match=what) as e:

@@ -55,7 +55,7 @@ def out(tokenizer, tmp_path_factory):
         logp = [M.logprobs(net(t[:, :-1]), t[:, 1:])[m[:, 1:] == 1].mean() for t, m in encoded]
         for p, grad in zip(net.parameters(), torch.autograd.grad(-sum(logp), net.parameters())):
             p.data -= 0.01 * (1 - step / 40) * grad.sign()
-    M.save(folder / "sft.pt", net, "sft", tokenizer.model_bytes)
+    M.save(folder / "sft.pt", net, "sft", tokenizer.model_bytes, {"lineage": ["pretrain"]})
     endless = M.Llama(M.ModelConfig(32, 2, 4, 2, 64, tokenizer.vocab_size, 20_000))
     endless.init_weights(seed=0)
     rng = torch.Generator().manual_seed(zlib.crc32(b"0 output.weight"))
@@ -255,6 +255,38 @@ def test_every_command_of_the_help_is_known(talker, monkeypatch, capsys):
 def test_the_last_stage_of_the_chain_speaks(out, monkeypatch, capsys):
     C.main(C.Config(out=str(out), temperature=0, prompt="hi"))
     assert capsys.readouterr().out == LLAMA + "\n"
+
+
+def lined_up(folder, config, **lines) -> list[str]:
+    """stages_in of a folder with checkpoints of these names and lineages, made in this order."""
+    for name, lineage in lines.items():
+        M.save(folder / f"{name}.pt", M.Llama(config), name, b"", {"lineage": lineage})
+    return C.stages_in(folder)
+
+
+ONE_LAYER = M.ModelConfig(8, 1, 2, 1, 8, 16, 16)
+
+
+def test_stages_stand_in_the_order_of_the_lines_they_remember_whatever_their_names(tmp_path):
+    """Of the versions, all made from SFT, the tenth is later than the ninth."""
+    versions = {f"rlhf_v{n}": ["pretrain", "sft"] for n in (10, 9, 1)}
+    found = lined_up(tmp_path, ONE_LAYER, apo=[*versions["rlhf_v1"], "rlhf_v10"], **versions,
+                     zero=["pretrain"], pretrain=[])
+    assert found == ["pretrain", "zero", "rlhf_v1", "rlhf_v9", "rlhf_v10", "apo"]
+
+
+def test_what_cannot_chat_is_no_stage_and_what_is_no_checkpoint_is_named(tmp_path, capsys):
+    reward = dataclasses.replace(ONE_LAYER, scalar_head=True)
+    M.save(tmp_path / "reward_safety.pt", M.Llama(reward), "reward_safety", b"")
+    torch.save({"step": 3}, tmp_path / "sft.state.pt")
+    torch.save([1, 2], tmp_path / "mine.pt")
+    assert lined_up(tmp_path, ONE_LAYER, pretrain=[]) == ["pretrain"]
+    err = capsys.readouterr().err
+    assert err.startswith(f"left out: {tmp_path / 'mine.pt'} is not a checkpoint")
+    assert err.count("\n") == 1
+    (tmp_path / "pretrain.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="no trained model"):
+        C.stages_in(tmp_path)
 
 
 def test_compare_shows_every_stage_with_both_scores(out, capsys):

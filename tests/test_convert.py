@@ -255,7 +255,7 @@ def test_shared_embeddings_are_untied_by_copying(network, hf_folder, tmp_path):
     weights = convert.read_safetensors(hf_folder / "model.safetensors")
     del weights["lm_head.weight"]
     convert.write_safetensors(folder / "model.safetensors",
-                              {n: convert.lazy(t) for n, t in weights.items()}, torch.float32)
+                              {n: convert.lazy(t) for n, t in weights.items()})
     untied, _ = convert.load(folder)
     assert torch.equal(untied.output.weight, network.tok_embeddings.weight)
     with torch.no_grad():
@@ -266,8 +266,8 @@ def test_shared_embeddings_are_untied_by_copying(network, hf_folder, tmp_path):
 def test_safetensors_bytes_are_the_golden_ones(tmp_path):
     """Eight bytes of header length, the header padded to a multiple of 8, the rows in order."""
     a, b = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([3.0])
-    tensors = {"a": convert.lazy(a), "b": convert.lazy(b)}
-    convert.write_safetensors(tmp_path / "t", tensors, torch.bfloat16)
+    tensors = {"a": convert.lazy(a.bfloat16()), "b": convert.lazy(b.bfloat16())}
+    convert.write_safetensors(tmp_path / "t", tensors)
     header = (b'{"__metadata__":{"format":"pt"},'
               b'"a":{"dtype":"BF16","shape":[1,3],"data_offsets":[0,6]},'
               b'"b":{"dtype":"BF16","shape":[1],"data_offsets":[6,8]}}')
@@ -287,10 +287,9 @@ def test_safetensors_agree_with_the_library(tmp_path):
     got = convert.read_safetensors(tmp_path / "theirs")
     assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
     assert all(got[n].dtype == want[n].dtype for n in want)
-    tensors = {n: convert.lazy(t) for n, t in want.items()}
-    convert.write_safetensors(tmp_path / "ours", tensors, torch.float16)
+    convert.write_safetensors(tmp_path / "ours", {n: convert.lazy(t) for n, t in want.items()})
     got = library.load_file(tmp_path / "ours")
-    assert all(torch.equal(got[n], want[n].half()) for n in want)
+    assert all(torch.equal(got[n], want[n]) and got[n].dtype == want[n].dtype for n in want)
 
 
 def test_opening_maps_the_file_instead_of_reading_it(tokenizer, tmp_path):
@@ -684,7 +683,7 @@ def changed_hf(hf_folder, folder, change=lambda weights: weights, **config) -> P
     (folder / "tokenizer.model").write_bytes((hf_folder / "tokenizer.model").read_bytes())
     weights = change(convert.read_safetensors(hf_folder / "model.safetensors"))
     convert.write_safetensors(folder / "model.safetensors",
-                              {n: convert.lazy(t) for n, t in weights.items()}, torch.float32)
+                              {n: convert.lazy(t) for n, t in weights.items()})
     return folder
 
 
@@ -722,7 +721,9 @@ def test_missing_pieces_are_named(own, hf_folder, llama2c, tokenizer, tmp_path, 
     refuses(tmp_path / "nowhere.pt", "does not exist")
     (tmp_path / "empty").mkdir()
     refuses(tmp_path / "empty", "neither params.json .* nor config.json")
-    refuses(llama2c, "--tokenizer")
+    alone = tmp_path / "alone.bin"
+    alone.write_bytes(llama2c.read_bytes())
+    refuses(alone, "no alone.tokenizer.bin lies beside it: pass --tokenizer")
     meta = run(own, "meta", tmp_path / "meta", shards=2)
     torch.save({"model": {}}, meta / "consolidated.01.pth")
     refuses(meta, "something else than named tensors")
@@ -737,10 +738,10 @@ def test_missing_pieces_are_named(own, hf_folder, llama2c, tokenizer, tmp_path, 
     sorted(sharded.glob("model-*"))[1].unlink()
     refuses(sharded, r"lacks model-00002.* has only \d+ of the \d+ files in model.safetensors")
     other = tmp_path / "other.model"
-    other.write_bytes(data.train_tokenizer(TEXT, VOCAB - 30))
-    refuses(hf_folder, f"tokenizer has {VOCAB - 30} pieces, the model {VOCAB}", tokenizer=other)
+    other.write_bytes(data.train_tokenizer(TEXT, VOCAB + 2))
+    refuses(hf_folder, f"tokenizer has {VOCAB + 2} pieces, the model {VOCAB}", tokenizer=other)
     (tmp_path / "x.gguf").write_bytes(b"GGUF1234")
-    refuses(tmp_path / "x.gguf", "not read")
+    refuses(tmp_path / "x.gguf", "x.gguf is not a readable GGUF file: .*version")
 
 
 def test_bad_commands_write_nothing(own, tokenizer, tmp_path):
@@ -779,7 +780,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(to, own, tmp_path, monkeypat
 
 
 def test_a_folder_appears_only_when_it_is_complete(own, tmp_path, monkeypatch):
-    def killed(folder, weights, dtype):
+    def killed(folder, weights):
         assert (folder / "config.json").exists() and not (tmp_path / "new").exists()
         raise KeyboardInterrupt
 
@@ -798,3 +799,422 @@ def test_the_command_says_one_line_and_exits_with_2(own, tmp_path):
                           text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "never overwritten" in done.stderr
+
+
+# ------------------------------------------------------------------------- files from the wild
+
+NAMED = {"own": "x.pt", "meta": "meta", "hf": "hf", "llama2c": "x.bin", "gguf": "x.gguf"}
+
+def sentencepiece_file(path, texts=TEXT, vocab_size=380, **options) -> Path:
+    """A tokenizer with Llama's options but for those given."""
+    import sentencepiece
+
+    llama = dict(model_type="bpe", split_digits=True, byte_fallback=True, add_dummy_prefix=True,
+                 normalization_rule_name="identity", remove_extra_whitespaces=False,
+                 allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 3), model_prefix=str(path.with_suffix("")), num_threads=1,
+        minloglevel=2, vocab_size=vocab_size, **{**llama, **options})
+    return path.with_suffix(".model")
+
+
+UNLIKE = {  # the options of a tokenizer that other programs would read in another way
+    "user_defined_symbols": dict(user_defined_symbols=["<mask>", "<a b>"]),
+    "model_type": dict(model_type="unigram", vocab_size=320),
+    "a normalization rule": dict(normalization_rule_name="nmt_nfkc"),
+    "remove_extra_whitespaces": dict(remove_extra_whitespaces=True),
+    "byte_fallback": dict(byte_fallback=False, vocab_size=150)}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_tokenizer_that_others_would_read_differently_is_not_exported(name, tmp_path):
+    """Refused by each of the three formats that describe it; `own` and `meta` carry its bytes."""
+    path = sentencepiece_file(tmp_path / "t.model", **UNLIKE[name])
+    text = data.Tokenizer(path)
+    model.save(tmp_path / "m.pt", random_model(vocab_size=text.vocab_size), "sft", text.model_bytes)
+    for to in ("hf", "gguf", "llama2c"):
+        with pytest.raises(ValueError, match=f"--to {to} cannot carry .* made with {name}"):
+            run(tmp_path / "m.pt", to, tmp_path / "out.bin")
+        assert not (tmp_path / "out.bin").exists()
+    again, _ = convert.load(run(tmp_path / "m.pt", "meta", tmp_path / "meta"))
+    assert again.config.vocab_size == text.vocab_size
+
+
+def test_pieces_across_spaces_give_equal_ids_in_transformers(tmp_path):
+    """split_by_whitespace=False: "▁return▁x" is one piece, and no option that others lack."""
+    transformers = pytest.importorskip("transformers")
+    path = sentencepiece_file(tmp_path / "t.model", ["Ada lives in the house"] * 9, 300,
+                              split_by_whitespace=False)
+    text = data.Tokenizer(path)
+    assert any("▁" in text.piece(i).strip("▁") for i in range(259, text.vocab_size))
+    model.save(tmp_path / "m.pt", random_model(vocab_size=300), "sft", text.model_bytes)
+    theirs = transformers.AutoTokenizer.from_pretrained(run(tmp_path / "m.pt", "hf",
+                                                            tmp_path / "hf"))
+    for sample in strings(500):
+        ids = text.sp.encode(sample)
+        assert text.encode(sample) == ids, repr(sample)
+        assert theirs(sample, add_special_tokens=False)["input_ids"] == ids, repr(sample)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("use_scaled_rope", True), ("moe", {"num_experts": 8}), ("sliding_window", 4096),
+    ("head_dim", 16), ("attention_bias", True), ("lora_args", {"rank": 16}), ("qk_norm", True)])
+def test_params_json_with_what_llama_2_lacks_is_refused_by_name(key, value, own, tmp_path):
+    folder = run(own, "meta", tmp_path / "meta")
+    params = json.loads((folder / "params.json").read_text())
+    harmless = {"head_dim": 10, "use_scaled_rope": False, "max_seq_len": 2048, "moe": None}
+    (folder / "params.json").write_text(json.dumps({**params, **harmless}))
+    convert.load(folder)
+    (folder / "params.json").write_text(json.dumps({**params, key: value}))
+    refuses(folder, f"{key} is ")
+
+
+@pytest.mark.parametrize("to", ["own", "meta", "hf", "llama2c", "gguf"])
+@pytest.mark.parametrize("pieces", [VOCAB - 1, VOCAB - 16, VOCAB - 50])
+def test_rows_that_no_text_can_reach_are_counted_and_kept(pieces, to, network, own, tmp_path,
+                                                          capsys):
+    """32,001 rows, or a multiple of 64, for a tokenizer of 32,000 pieces, in the small."""
+    folder = run(own, "meta" if to == "hf" else "hf", tmp_path / "source")
+    (folder / "tokenizer.model").write_bytes(data.train_tokenizer(TEXT, pieces))
+    text = data.Tokenizer(folder / "tokenizer.model")
+    out = run(folder, to, tmp_path / NAMED[to])
+    assert f"no text can reach {VOCAB - pieces} of its {VOCAB} rows" in capsys.readouterr().out
+    back, theirs = convert.load(out)
+    assert same_weights(back, network) and theirs.vocab_size == VOCAB
+    for sample in strings(200):
+        assert theirs.encode(sample) == text.encode(sample)
+    if to != "llama2c":  # which does not tell what kind a piece is
+        assert theirs.decode([1, VOCAB - 1, *text.encode("Ada")]) == "Ada"
+
+
+@pytest.mark.parametrize("to", ["own", "meta", "hf", "gguf"])
+@pytest.mark.parametrize("value", [7e4, float("inf"), float("nan")])
+def test_a_conversion_that_overflows_is_refused_with_the_tensors_name(to, value, tokenizer,
+                                                                      tmp_path):
+    network = random_model()
+    with torch.no_grad():
+        network.layers[1].feed_forward.w_up.weight[5, 7] = value
+    model.save(tmp_path / "m.pt", network, "sft", tokenizer.model_bytes, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="layers.1.feed_forward.w_up.weight reaches .* 65504"):
+        run(tmp_path / "m.pt", to, tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+    if value == 7e4:
+        kept = convert.load(run(tmp_path / "m.pt", to, tmp_path / NAMED[to]))[0].state_dict()
+        assert kept["layers.1.feed_forward.w_up.weight"][5, 7] == torch.tensor(value).bfloat16()
+
+
+def test_blocks_whose_scale_overflows_are_refused(tokenizer, tmp_path):
+    network = gguf_model(tokenizer, tmp_path / "a.pt")
+    with torch.no_grad():
+        network.layers[0].attention.wk.weight[3, 40] = -1e7  # 1e7 / 127 and 1e7 / 8 exceed 65,504
+    model.save(tmp_path / "m.pt", network, "sft", tokenizer.model_bytes)
+    for dtype in ("q8_0", "q4_0", "fp16"):
+        with pytest.raises(ValueError, match=r"layers.0.attention.wk.weight reaches 1e\+07"):
+            run(tmp_path / "m.pt", "gguf", tmp_path / "out.gguf", dtype=dtype)
+
+
+@pytest.mark.parametrize("to", ["own", "meta", "hf", "gguf"])
+@pytest.mark.parametrize("norms, rest", [(torch.float32, torch.bfloat16),
+                                         (torch.float32, torch.float16),
+                                         (torch.bfloat16, torch.float32)])
+def test_each_tensor_of_a_mixed_file_keeps_its_own_dtype(norms, rest, to, network, tokenizer,
+                                                         tmp_path):
+    """1.0001 is no bfloat16: a norm that was narrowed and widened again would be 1."""
+    mixed = {n: w.to(norms if w.dim() == 1 else rest) for n, w in network.state_dict().items()}
+    mixed["norm.weight"] = torch.full((60,), 1.0001).to(norms)
+    model.save(tmp_path / "m.pt", network, "sft", tokenizer.model_bytes, weights=mixed)
+    out = run(tmp_path / "m.pt", to, tmp_path / NAMED[to])
+    source = convert.open_model(out)
+    for name, w in mixed.items():
+        kept = torch.float32 if to == "gguf" and w.dim() == 1 else w.dtype  # llama.cpp's rule
+        assert source.weights[name].dtype == kept, name
+        assert torch.equal(source.weights[name].read(), w.to(kept)), name
+    opened, _ = convert.load(out)  # and it can speak
+    assert model.generate(opened, [[1, 5, 9]], 3, temperature=0)
+
+
+@pytest.mark.parametrize("kind", ["link", "link to a link", "dangling", "folder", "volume"])
+@pytest.mark.parametrize("to", ["hf", "meta", "own"])
+def test_an_export_goes_where_the_link_or_the_volume_is(kind, to, own, tmp_path, monkeypatch):
+    """Nothing is written beside it, on the other file system; a mounted folder stays the same."""
+    target, out = tmp_path / "volume" / "target", tmp_path / "out"
+    target.parent.mkdir()
+    if kind in ("link", "link to a link", "dangling"):
+        out.symlink_to(target)
+    if kind == "link to a link":
+        (tmp_path / "again").symlink_to(out)
+        out = tmp_path / "again"
+    if kind in ("folder", "volume"):
+        target = out
+    if kind != "dangling" and to != "own":
+        target.mkdir()
+    if kind == "volume" and to != "own":
+        (target / "lost+found").mkdir()
+        (target / convert.LITTER).mkdir()  # of a run that was killed
+    seen, replace = [], os.replace
+
+    def watched(source, destination):
+        seen.append(Path(source).parent)
+        assert not Path(destination).is_dir(), "Device or resource busy"
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", watched)
+    run(own, to, out)
+    assert not out.is_symlink() == (kind in ("folder", "volume"))
+    assert all(target.parent in (folder, *folder.parents) for folder in seen)
+    names = {path.name for path in out.iterdir()} if to != "own" else {"params.json"}
+    assert {"config.json", "params.json"} & names and convert.LITTER not in names
+    convert.load(out)
+
+
+def test_an_export_into_a_folder_that_fails_leaves_it_as_it_was(own, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def fails(source, destination):
+        if Path(destination).name == "config.json":
+            raise OSError(28, "No space left on device")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", fails)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="No space"):
+        run(own, "hf", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_files_that_are_taken_for_checkpoints_are_called_what_they_are(own, hf_folder, tokenizer,
+                                                                      tmp_path):
+    note = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 42\n"
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
+    for name in ("a.pt", "a.bin", "a.gguf", "hf/model.safetensors", "a.model", "a.jsonl"):
+        (tmp_path / name).write_bytes(note)
+    for path in ("a.pt", "a.bin", "a.gguf", "hf"):
+        refuses(tmp_path / path, "git-lfs pointer.*git lfs pull")
+    refuses(own, "a.model is a git-lfs pointer", tokenizer=tmp_path / "a.model")
+    with pytest.raises(ValueError, match="a.jsonl is a git-lfs pointer"):
+        data.read_prompts(tmp_path / "a.jsonl")
+    torch.save({"x": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    refuses(tmp_path / "old.pt", "saved by a PyTorch before 1.6.*torch.save")
+    torch.save({"model": {}, "model_args": {"dim": 60}, "iter_num": 3}, tmp_path / "ckpt.pt")
+    refuses(tmp_path / "ckpt.pt", "training state of llama2.c.*export.py")
+    model.save_state(tmp_path / "sft.state.pt", {"parts": {}, "random": {}, "extra": {"step": 3}})
+    refuses(tmp_path / "sft.state.pt", "resume state of a run.*--resume continues")
+    for content in (b"hello", own.read_bytes()[:5000]):
+        (tmp_path / "x.pt").write_bytes(content)
+        with pytest.raises(ValueError) as e:
+            convert.load(tmp_path / "x.pt")
+        assert "python convert.py" not in str(e.value) and "what can be read" in str(e.value)
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "I8"])
+def test_a_dtype_that_cannot_be_read_is_named_with_those_that_can(code, tmp_path):
+    header = json.dumps({"w": {"dtype": code, "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "t").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=f"w is stored as {code}; only F64, F32.* can be read"):
+        convert.read_safetensors(tmp_path / "t")
+
+
+def test_too_many_meta_shards_and_too_few_get_different_advice(own, tmp_path):
+    folder = run(own, "meta", tmp_path / "meta", shards=2)
+    (folder / "consolidated.02.pth").write_bytes((folder / "consolidated.01.pth").read_bytes())
+    refuses(folder, "has 3 files .* cut into 2 parts: keep only those")
+    (folder / "consolidated.02.pth").unlink()
+    (folder / "consolidated.01.pth").unlink()
+    refuses(folder, "has 1 files .* cut into 2 parts: get all")
+
+
+@pytest.mark.parametrize("content", ["{}", "null", '{"dim": 4096, "n_heads": 32}'])
+def test_a_foreign_params_json_does_not_hide_a_config_json(content, hf_folder, network, tmp_path):
+    folder = changed_hf(hf_folder, tmp_path / "x")
+    (folder / "params.json").write_text(content)
+    assert same_weights(convert.load(folder)[0], network)
+
+
+def test_llama2c_exports_are_read_with_the_tokenizer_beside_them(llama2c, network, tokenizer):
+    back, text = convert.load(llama2c)
+    assert same_weights(back, network)
+    for sample in strings(1000):
+        ids = tokenizer.encode(sample)
+        assert text.encode(sample) == ids and text.decode(ids) == tokenizer.decode(ids)
+
+
+def test_safetensors_that_overlap_or_have_a_huge_header_are_refused(tmp_path):
+    def write(spans, size, header=None):
+        entries = {name: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]}
+                   for name, (a, b) in spans.items()}
+        text = json.dumps(entries).encode()
+        length = len(text) if header is None else header
+        (tmp_path / "t").write_bytes(length.to_bytes(8, "little") + text + bytes(size))
+        return tmp_path / "t"
+
+    convert.read_safetensors(write({"b": (4, 8), "a": (0, 4), "none": (4, 4)}, 8))
+    for spans, size, message in (({"a": (0, 8), "b": (4, 8)}, 8, "b and a overlap"),
+                                 ({"a": (0, 8), "b": (0, 8)}, 8, "overlap"),
+                                 ({"a": (0, 8), "b": (2, 3)}, 8, "b and a overlap"),
+                                 ({"a": (0, 2), "b": (4, 8)}, 8, "2 bytes that its header")):
+        with pytest.raises(ValueError, match=message):
+            convert.read_safetensors(write(spans, size))
+    with pytest.raises(ValueError, match="at most 100,000,000"):
+        convert.read_safetensors(write({"a": (0, 8)}, 8, header=100_000_001))
+
+
+# ---- GGUF in
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32", "fp16", "bf16", "q8_0", "q4_0"])
+def test_what_we_write_as_gguf_we_read_back(dtype, tokenizer, tmp_path):
+    """Equal where the format is exact; a second trip changes nothing, whatever it rounded."""
+    network = gguf_model(tokenizer, tmp_path / "own.pt")
+    first = run(tmp_path / "own.pt", "gguf", tmp_path / "a.gguf", dtype=dtype)
+    back, text = convert.load(first)
+    assert back.config == network.config
+    if dtype in (None, "fp32"):
+        assert same_weights(back, network)
+    second = run(first, "gguf", tmp_path / "a2.gguf", dtype=dtype)
+    again, _ = convert.load(second)
+    assert same_weights(back, again)
+    for name, w in network.state_dict().items():
+        step = {"q4_0": 1 / 8, "bf16": 1 / 256}.get(dtype, 1 / 127)
+        assert (back.state_dict()[name] - w).abs().max() <= step * w.abs().max(), name
+    for sample in strings(1000):
+        ids = tokenizer.encode(sample)
+        assert text.encode(sample) == ids and text.decode(ids) == tokenizer.decode(ids)
+    for id in range(VOCAB):
+        mine = (tokenizer.piece(id), tokenizer.score(id), tokenizer.kind(id))
+        assert (text.piece(id), text.score(id), text.kind(id)) == mine
+
+
+def gguf_by_the_package(path, network, tokenizer, kind, change=lambda writer: None, tied=False,
+                        names=lambda name: name) -> Path:
+    """A file as llama.cpp's own converter writes it: norms F32, rows that do not fit F16."""
+    gguf = pytest.importorskip("gguf")
+    types = gguf.GGMLQuantizationType
+    c, writer = network.config, gguf.GGUFWriter(path, "llama")
+    writer.add_name("a test")
+    writer.add_context_length(c.max_seq_len)
+    writer.add_embedding_length(c.dim)
+    writer.add_block_count(c.n_layers)
+    writer.add_feed_forward_length(c.hidden_dim)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([tokenizer.piece(i).encode() for i in range(VOCAB)])
+    writer.add_token_scores([tokenizer.score(i) for i in range(VOCAB)])
+    writer.add_token_types([convert.PIECE_KINDS[tokenizer.kind(i)] for i in range(VOCAB)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    change(writer)
+    for name, w in network.state_dict().items():
+        if tied and name == "output.weight":
+            continue
+        numbers, exact = w.numpy(), kind
+        if w.dim() == 1:
+            exact = types.F32
+        elif w.shape[1] % 32:
+            exact = types.F16
+        packed = gguf.quants.quantize(numbers, exact)
+        writer.add_tensor(names(convert.lookup(name, convert.GGUF)), packed, raw_dtype=exact)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "BF16", "Q4_0"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_files_of_the_gguf_packages_own_writer_are_read(kind, tied, tokenizer, tmp_path):
+    """Weights equal to the package's own dequantiser, bit for bit; ids equal to the original's."""
+    gguf = pytest.importorskip("gguf")
+    network = gguf_model(tokenizer, tmp_path / "own.pt")
+    path = gguf_by_the_package(tmp_path / "m.gguf", network, tokenizer,
+                               gguf.GGMLQuantizationType[kind], tied=tied)
+    back, text = convert.load(path, dtype=torch.float32)
+    assert back.config == network.config
+    weights = back.state_dict()
+    for t in gguf.GGUFReader(path).tensors:
+        name = convert.our_name(t.name, convert.GGUF, 3)
+        want = gguf.quants.dequantize(t.data, t.tensor_type).reshape(weights[name].shape)
+        assert np.array_equal(weights[name].numpy(), want), name
+    if tied:
+        assert torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
+    for sample in strings(500):
+        assert text.encode(sample) == tokenizer.encode(sample)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "q8_0"])
+def test_transformers_reads_our_gguf_with_the_logits_that_we_read(dtype, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    gguf_model(tokenizer, tmp_path / "own.pt")
+    path = run(tmp_path / "own.pt", "gguf", tmp_path / "m.gguf", dtype=dtype)
+    ours, _ = convert.load(path, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        want, got = theirs(tokens()).logits, ours(tokens())
+    assert want.abs().max() > 3 and (want - got).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.add_string("llama.rope.scaling.type", "linear"), "rope.scaling.type is 'linear'"),
+    (lambda w: w.add_uint32("llama.expert_count", 8), "expert_count is 8"),
+    (lambda w: w.add_uint32("llama.attention.sliding_window", 64), "sliding_window is 64"),
+    (lambda w: w.add_uint32("llama.attention.key_length", 32), "key_length is 32"),
+    (lambda w: w.add_bool("tokenizer.ggml.add_space_prefix", False), "add_space_prefix=False"),
+    (lambda w: w.add_uint16("split.count", 3), "one of 3 files.*--merge")])
+def test_gguf_files_of_other_networks_are_refused_by_name(change, message, tokenizer, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    network = gguf_model(tokenizer, tmp_path / "own.pt")
+    path = gguf_by_the_package(tmp_path / "m.gguf", network, tokenizer,
+                               gguf.GGMLQuantizationType.F32, change)
+    refuses(path, message)
+
+
+def test_gguf_types_that_are_not_read_are_named(tokenizer, tmp_path):
+    gguf_model(tokenizer, tmp_path / "own.pt")
+    content = run(tmp_path / "own.pt", "gguf", tmp_path / "m.gguf", dtype="fp32").read_bytes()
+    name = b"blk.0.attn_q.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8  # behind the name: rank, two sizes, type
+    for number, kind in ((12, "Q4_K"), (14, "Q6_K"), (6, "Q5_0"), (99, "of ggml's type 99")):
+        (tmp_path / "x.gguf").write_bytes(content[:at] + struct.pack("<I", number)
+                                          + content[at + 4:])
+        refuses(tmp_path / "x.gguf", f"attn_q.weight is {kind}; fp32, fp16, .* can be read")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("writer", ["ours", "the package's"])
+def test_greedy_answers_to_a_gguf_file_are_llama_cpps(writer, kind, tokenizer, tmp_path):
+    """The prompt's ids, too. llama.cpp rounds the activations of a q8_0 file to int8 as well.
+
+    So there each of its tokens, given those before, must be ours or nearly as likely: within what
+    that rounding does to these logits, the greatest of which are about 5.
+    """
+    llama_cpp, gguf = pytest.importorskip("llama_cpp"), pytest.importorskip("gguf")
+    network = gguf_model(tokenizer, tmp_path / "own.pt")
+    path = tmp_path / "m.gguf"
+    if writer == "ours":
+        dtype = {"F32": "fp32", "F16": "fp16", "Q8_0": "q8_0"}[kind]
+        run(tmp_path / "own.pt", "gguf", path, dtype=dtype)
+    else:
+        gguf_by_the_package(path, network, tokenizer, gguf.GGMLQuantizationType[kind])
+    ours, text = convert.load(path, dtype=torch.float32)
+    theirs = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    for sample in ("The baker Ada   lives\n    return 17", "Once upon", "é🙂 x"):
+        prompt = text.encode(sample, bos=True)
+        assert theirs.tokenize(sample.encode(), add_bos=True) == prompt
+        stream = theirs.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        answer = [token for token, _ in zip(stream, range(16))]
+        with torch.no_grad():
+            logits = ours(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]  # (16, V)
+        lost = logits.amax(1) - logits[torch.arange(16), answer]
+        if kind == "Q8_0":
+            assert lost.max() < 0.5 and (lost == 0).sum() >= 12, lost
+        else:
+            assert answer == model.generate(ours, [prompt], 16, temperature=0)[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -294,6 +295,72 @@ def test_a_large_vocabulary_streams_as_uint32(tok):
     assert data.encode_texts(Large(), ["a"]).tolist() == [2**16]
 
 
+def trained(path, **options) -> Tokenizer:
+    """A tokenizer with the library's own defaults but for Llama's special pieces and `options`."""
+    usual = dict(model_type="bpe", vocab_size=400, byte_fallback=True,
+                 remove_extra_whitespaces=False, normalization_rule_name="identity")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_prefix=str(path / "m"), minloglevel=2,
+        num_threads=1, **{**usual, **options})
+    return Tokenizer(path / "m.model")
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(add_dummy_prefix=False), "made with add_dummy_prefix=False, Llama's is True"),
+    (dict(treat_whitespace_as_suffix=True), "treat_whitespace_as_suffix=True, Llama's is False"),
+    (dict(model_type="word", vocab_size=330), "model_type=word; bpe .* and unigram can be read"),
+    (dict(model_type="char", vocab_size=330), "model_type=char"),
+])
+def test_options_that_would_change_the_chat_format_are_refused_by_name(options, message, tmp_path):
+    with pytest.raises(ValueError, match=f"m.model: .*{message}") as caught:
+        trained(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options, differs", [
+    (dict(), []),
+    (dict(model_type="unigram"), ["model_type"]),
+    (dict(split_by_whitespace=False), []),
+    (dict(byte_fallback=False, vocab_size=150), ["byte_fallback"]),
+    (dict(user_defined_symbols=["<mask>", "a the", "▁walks▁to"]), ["user_defined_symbols"]),
+    (dict(normalization_rule_name="nmt_nfkc"), ["precompiled_charsmap"]),
+    (dict(remove_extra_whitespaces=True), ["remove_extra_whitespaces"]),
+])
+def test_models_of_other_options_give_the_librarys_own_ids(options, differs, tmp_path):
+    """Whatever the options: never other ids because a text was cut into words."""
+    tok = trained(tmp_path, **options)
+    assert list(tok.unlike_llama) == differs
+    rng = random.Random(2)
+    some = ["the", "walks to", "a the", "<mask>", " ", "  ", "\n", "▁", ".", "1", "é", "ﬁ", "x "]
+    for _ in range(3_000):
+        text = "".join(rng.choices(some, k=8))
+        assert tok.encode(text) == tok.sp.encode(text), text
+    assert tok.decode(tok.encode("the old river")) == "the old river"
+
+
+def test_user_defined_and_unused_pieces_are_kinds_of_their_own(tmp_path):
+    tok = trained(tmp_path, user_defined_symbols=["<mask>", "<a>"])
+    assert [tok.piece(i) for i in range(tok.vocab_size) if tok.kind(i) == "user-defined"] == [
+        "<mask>", "<a>"]
+
+
+def test_a_message_that_is_no_protobuf_is_refused():
+    assert list(data.protobuf_fields(b"\x08\x96\x01\x12\x02hi")) == [(1, 150), (2, b"hi")]
+    for damaged in (b"\x08", b"\x12\x05hi", b"\x0b", b"\xff" * 12, b"\x15abc"):
+        with pytest.raises(ValueError, match="is no part of a protobuf message"):
+            list(data.protobuf_fields(damaged))
+
+
+@pytest.mark.parametrize("line", ["zebra▅quagga", "▅zebra quagga", "zebra quagga▅"])
+def test_lines_with_u2585_are_learnt_from_too(line):
+    """SentencePiece keeps that character for itself and drops lines that have it."""
+    texts = ["the old river"] * 4 + [line.replace("zebra", "zebra zebra")] * 40
+    tok = Tokenizer(train_tokenizer(texts, 285))
+    pieces = {tok.piece(i) for i in range(tok.vocab_size)}
+    assert {"▁zebra", "quagga", "▁quagga"} & pieces
+    assert tok.decode(tok.encode(line)) == line
+
+
 # ---- 2. Chat format ------------------------------------------------------------------------------
 
 def meta_tokens(model: bytes, turns: list[tuple]) -> list[int]:
@@ -426,7 +493,47 @@ def test_show_dialog_colours_exactly_the_trained_pieces(tok):
     assert len(shown) == len(tokens) and shown[0] == "\x1b[90m<s>\x1b[0m"
 
 
-# ---- 3. Readers ----------------------------------------------------------------------------------
+# ---- 3. Packing ----------------------------------------------------------------------------------
+
+DIALOGS = [([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1]), ([6, 7, 8, 9], [0, 0, 1, 1]),
+           ([1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 1])]
+
+
+def test_packing_keeps_every_dialogue_whole_in_order_and_numbers_them():
+    """Width 6: [3 + 2 | 4 | 6]; fills: token 0, mask 0, segment -1."""
+    tokens, mask, segments = data.pack(DIALOGS, 6)
+    assert tokens.tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 0, 0], [1, 2, 3, 4, 5, 6]]
+    assert mask.tolist() == [[0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]]
+    assert segments.tolist() == [[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, -1, -1], [0] * 6]
+    assert tokens.dtype == mask.dtype == segments.dtype == torch.int64
+
+
+def test_a_dialogue_longer_than_a_row_is_never_packed():
+    with pytest.raises(AssertionError, match="dialogue of 6 tokens in rows of 5"):
+        data.pack(DIALOGS, 5)
+
+
+def unpacked(columns) -> list[tuple[list[int], list[int]]]:
+    """The dialogues of packed rows, in order."""
+    found = []
+    for tokens, mask, segments in zip(*columns):
+        for number in range(segments.max() + 1):
+            here = segments == number
+            found.append((tokens[here].tolist(), mask[here].tolist()))
+    return found
+
+
+def test_every_epoch_packs_every_dialogue_once_in_an_order_of_its_own():
+    dialogs = [([i] * (1 + i % 5), [1] * (1 + i % 5)) for i in range(40)]
+    found = unpacked(data.pack_epochs(dialogs, 7, epochs=3, seed=5))
+    epochs = [found[start:start + 40] for start in (0, 40, 80)]
+    assert len(found) == 120 and all(sorted(epoch) == sorted(dialogs) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and dialogs not in epochs
+    again, other = (data.pack_epochs(dialogs, 7, 3, seed) for seed in (5, 6))
+    assert unpacked(again) == found and unpacked(other) != found
+
+
+# ---- 4. Readers ----------------------------------------------------------------------------------
 
 def write(path: Path, *rows) -> Path:
     """A .jsonl file; a str row is written as it is."""
@@ -483,9 +590,9 @@ def test_preferences_split_the_common_prompt_off(tmp_path):
     assert data.read_preferences(path) == [
         {"prompt": [user("Hi"), assistant("Yes?"), user("Why:\nHuman: so")], "chosen": "Because",
          "rejected": "No.\n\nReally.", "rating": None, "margin": 1, "chosen_safe": None,
-         "rejected_safe": None},
+         "rejected_safe": None, "planted": False},
         {"prompt": [user("a")], "chosen": "b", "rejected": "c", "rating": "slightly",
-         "margin": None, "chosen_safe": True, "rejected_safe": False}]
+         "margin": None, "chosen_safe": True, "rejected_safe": False, "planted": False}]
 
 
 def test_prompts_come_as_text_or_messages(tmp_path):

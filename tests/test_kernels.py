@@ -21,8 +21,10 @@ The same with -fsanitize=thread, libtsan.so and -k "not compiler": it does not b
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -828,3 +830,97 @@ def check_rollout(rng, path, config, P, seed):
 
 if __name__ == "__main__":
     print(f"{fuzz(float(sys.argv[1]), *map(int, sys.argv[2:]))} networks, all as in float64")
+
+
+# ---- the cache of compiled libraries
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    """A cache folder with one library in it, compiled without optimising."""
+    folder = tmp_path_factory.mktemp("cache")
+    assert ask_for_library(folder).returncode == 0
+    return folder
+
+
+def ask_for_library(cache: Path | None, before: str = "pass", **environment):
+    """Another process compiles what is missing in this cache, loads it and prints its path."""
+    code = (f"import importlib.util as u, sys, os; {before}; "
+            "s = u.spec_from_file_location('build', sys.argv[1]); b = u.module_from_spec(s); "
+            "s.loader.exec_module(b); b.FLAGS = [f.replace('-O3', '-O0') for f in b.FLAGS]; "
+            "library = b.compile_library(); b.load_library(); print(library)")
+    settings = {**os.environ, **environment}
+    settings.pop("XDG_CACHE_HOME", None)
+    if cache:
+        settings["XDG_CACHE_HOME"] = str(cache)
+    return subprocess.run([sys.executable, "-c", code, str(FOLDER / "build.py")], env=settings,
+                          capture_output=True, text=True, timeout=300)
+
+
+@needs_c
+@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "overwritten"])
+def test_a_damaged_library_in_the_cache_is_made_anew(damage, compiled, tmp_path):
+    """The system would map it as it is, and the process die of SIGBUS at every start."""
+    shutil.copytree(compiled, tmp_path / "cache")
+    library, = (tmp_path / "cache").rglob("*.so")
+    content = library.read_bytes()
+    middle = len(content) // 2
+    library.write_bytes({"truncated": content[:middle], "empty": b"", "overwritten": b"x" * 5000,
+                         "one bit": content[:middle] + bytes([content[middle] ^ 1])
+                         + content[middle + 1:]}[damage])
+    done = ask_for_library(tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert library.read_bytes() == content and Path(done.stdout.strip()) == library
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may be others")
+@pytest.mark.parametrize("shared", ["folder of everyone", "folder of the first", "name taken"])
+def test_a_cache_shared_by_two_users_serves_both(shared):
+    """Each has a folder of their own: nobody runs what another could have written."""
+    cache = Path(tempfile.mkdtemp())  # pytest's folders are closed to other users
+    try:
+        cache.chmod(0o1777 if shared != "folder of the first" else 0o755)
+        (cache / "free").mkdir()
+        (cache / "free").chmod(0o777)
+        if shared == "name taken":
+            (cache / "llama2-kernels-65534").mkdir()  # by root, for the second user
+        folders = []
+        for user in (0, 65534):
+            code = ("import importlib.util as u, os, sys; "
+                    "s = u.spec_from_file_location('build', sys.argv[1]); "
+                    "b = u.module_from_spec(s); s.loader.exec_module(b); "
+                    f"os.setgid({user}); os.setuid({user}); folder = b.cache_folder(); "
+                    "(folder / 'x.so').write_text(''); print(folder)")
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(FOLDER / "build.py")], text=True, timeout=300,
+                env={**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(cache / "free"),
+                     "HOME": "/proc"}, capture_output=True)
+            assert done.returncode == 0, done.stderr
+            folders.append(Path(done.stdout.strip()))
+            assert folders[-1].stat().st_uid == user
+            assert folders[-1].stat().st_mode & 0o777 == 0o700
+        assert folders[0] == cache / "llama2-kernels-0"
+        free = cache if shared == "folder of everyone" else cache / "free"
+        assert folders[1] == free / "llama2-kernels-65534"
+    finally:
+        shutil.rmtree(cache)
+
+
+@needs_c
+@pytest.mark.parametrize("home", [None, "/proc", "/dev/null"])
+def test_without_a_home_the_library_is_kept_with_the_temporary_files(home, compiled, tmp_path):
+    """No HOME and a user id that no one knows, as in a container: pathlib has no home for it."""
+    shutil.copytree(compiled, tmp_path / "cache")
+    before = "os.environ.pop('HOME', None); import pwd; pwd.getpwuid = {}.__getitem__"
+    if home:
+        before = f"os.environ['HOME'] = {home!r}"
+    done = ask_for_library(None, before, TMPDIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parent.parent == tmp_path / "cache"
+
+
+@needs_c
+def test_sources_are_read_as_utf_8_whatever_the_locale(compiled):
+    """PYTHONUTF8=0 with LC_ALL=C and no coercion: Python's own default is then ASCII."""
+    done = ask_for_library(compiled, PYTHONUTF8="0", LC_ALL="C", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr

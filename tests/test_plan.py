@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import model as M, plan, scale
+import model as M, plan, scale, stage
 from test_scale import on_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def run_tracked(run: plan.Run) -> dict:
     with torch.device("meta"):
         model = plan.TrainingStep(run.config)
     model = scale.wrap(model, ranks, seed=0, recompute=run.recompute)
-    optimizer = M.adamw(model, 1e-4, 0.1)
+    optimizer = stage.adamw(model, 1e-4, 0.1)
     tokens = torch.zeros(run.rows, run.seq_len + 1, dtype=torch.int64)
     model.step(tokens, optimizer)
     tracker = FSDPMemTracker(model, optimizer)
@@ -118,50 +118,63 @@ def test_ppo_holds_six_models_and_its_cache():
     assert "2 trained and 4 frozen" in plan.dry_run(M.PRESETS["7b"], 8, 4096, rollouts=500)
 
 
-@pytest.mark.parametrize("stage, shown", [
+@pytest.mark.parametrize("name, shown", [
     ("pretrain", "68,976,648,192 parameters|1024 rows x 4096|hours of one; the paper's Table 2: 1"),
     ("sft", "68,976,648,192 parameters|64 rows x 4096"),
     ("reward", "68,714,512,384 parameters|512 rows x 2 x 4096"),
     ("ppo", "2 trained and 4 frozen models|64 rows x 4096|512 answers an iteration"),
     ("gatt", "68,976,648,192 parameters|64 rows x 4096")])
-def test_dry_run_of_a_preset_needs_no_checkpoint_and_takes_the_papers_batch(stage, shown, tmp_path,
+def test_dry_run_of_a_preset_needs_no_checkpoint_and_takes_the_papers_batch(name, shown, tmp_path,
                                                                             capsys):
-    module = __import__(stage)
+    module = __import__(name)
     flags = ["--model", "70b", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "none")]
-    assert module.main(M.cli(module.Config, flags)) == {}
+    assert module.main(stage.cli(module.Config, flags)) == {}
     text = capsys.readouterr().out
     assert all(part in text for part in shown.split("|")), text
     assert "does not fit" in text and not (tmp_path / "none").exists()
-    batch = "minibatch" if stage == "ppo" else "batch-size"
-    module.main(M.cli(module.Config, [*flags, f"--{batch}", "16"]))  # 16 is a default elsewhere
+    batch = "minibatch" if name == "ppo" else "batch-size"
+    module.main(stage.cli(module.Config, [*flags, f"--{batch}", "16"]))  # 16 is a default elsewhere
     assert "16 rows x" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage, paper", [
+def test_dry_run_of_rejection_sampling_needs_no_checkpoint_and_counts_its_answers(tmp_path, capsys):
+    import rejection
+    flags = ["--model", "70b", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "none")]
+    assert rejection.main(stage.cli(rejection.Config, [*flags, "--samples", "7"])) == {}
+    text = capsys.readouterr().out
+    assert "68,976,648,192 parameters" in text and "70000 answers an iteration" in text
+    assert "does not fit" in text and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name, paper", [
     ("pretrain", dict(tokens=2e12, batch_size=1024, seq_len=4096, warmup_steps=2000,
                       weight_decay=0.1, clip=1.0)),  # [L2 §2.2, Table 1]
     ("sft", dict(batch_size=64, seq_len=4096, epochs=2, weight_decay=0.1)),  # §3.1
     ("reward", dict(batch_size=512)),  # §3.2.2
     ("ppo", dict(iterations=400, batch_size=512, minibatch=64)),  # §3.2.3
     ("gatt", dict(batch_size=64, seq_len=4096))])
-def test_from_7b_on_a_stage_has_the_papers_hyperparameters(stage, paper):
+def test_from_7b_on_a_stage_has_the_papers_hyperparameters(name, paper):
     """And below it, and for a flag that is given, its own."""
-    module = __import__(stage)
-    toy, big = (M.at_size(module.Config(), module.PAPER, dim) for dim in (128, 4096))
+    module = __import__(name)
+    toy, big = (stage.at_size(module.Config(), plan.settings(name, M.PRESETS[size]))
+                for size in ("tiny", "7b"))
     assert {k: getattr(big, k) for k in paper} == paper and toy == module.Config()
-    given = M.cli(module.Config, ["--batch-size", str(module.Config.batch_size)])
-    assert M.at_size(given, module.PAPER, 4096).batch_size == module.Config.batch_size
+    given = stage.cli(module.Config, ["--batch-size", str(module.Config.batch_size)])
+    again = stage.at_size(given, plan.settings(name, M.PRESETS["7b"]))
+    assert again.batch_size == module.Config.batch_size
 
 
 def test_learning_rates_from_7b_on_are_the_papers():
-    import gatt, ppo, pretrain, reward, sft
+    import ppo
     for name, pre, rm, beta in (("7b", 3e-4, 1e-5, 0.01), ("13b", 3e-4, 1e-5, 0.01),
                                 ("34b", 1.5e-4, 1e-5, 0.005), ("70b", 1.5e-4, 5e-6, 0.005)):
-        dim = M.PRESETS[name].dim
-        assert pretrain.LEARNING_RATE[name] == pre and reward.default_lr(M.PRESETS[name]) == rm
-        assert sft.default_lr(dim) == gatt.default_lr(dim) == 2e-5
-        cfg = ppo.settings(ppo.Config(), M.PRESETS[name].dim)
-        assert (cfg.rs_lr, cfg.lr, cfg.beta) == (2e-5, 1e-6, beta)
+        config = M.PRESETS[name]
+        rates = {stage_name: plan.settings(stage_name, config)["lr"]
+                 for stage_name in ("pretrain", "reward", "sft", "gatt")}
+        assert rates == {"pretrain": pre, "reward": rm, "sft": 2e-5, "gatt": 2e-5}
+        cfg = ppo.settings(ppo.Config(), config)
+        assert (cfg.lr, cfg.beta) == (1e-6, beta)
+        assert plan.settings("rejection", config)["rs_lr"] == 2e-5
 
 
 def test_a_preset_that_is_not_the_checkpoints_is_one_clear_error(tmp_path):
@@ -189,7 +202,7 @@ def test_the_table_reprints_the_papers_hours(capsys):
 
 
 def test_plan_prints_what_it_needs(capsys):
-    plan.plan(M.cli(plan.Plan, ["--model", "7b", "--ranks", "8", "--recompute"]))
+    plan.plan(stage.cli(plan.Plan, ["--model", "7b", "--ranks", "8", "--recompute"]))
     assert "it fits" in capsys.readouterr().out
 
 

@@ -567,3 +567,67 @@ def test_every_flag_is_read_and_there_are_at_most_22():
     names = [field.name for field in fields(Config)]
     assert len(names) <= 22 and [n for n in names if f"cfg.{n}" not in body] == []
     assert asdict(Config())
+
+
+# ------------------------------------------------------------------------------------- a fork
+
+GRPO = [  # what `cp ppo.py grpo.py` changes: the name, the idea, the loop; critic out, group mean in
+    ('STAGE = "ppo"  # OUT/ppo.pt', 'STAGE = "grpo"  # OUT/grpo.pt'),
+    ('def gae(rewards, values, mask):',
+     'def group_advantages(rewards, group: int):\n'
+     '    """How much better each answer is than the others to its prompt: (B, T) -> (B, 1)."""\n'
+     '    totals = rewards.sum(1).view(-1, group)\n'
+     '    return ((totals - totals.mean(1, keepdim=True)) / (totals.std(1, keepdim=True) + 1e-4)'
+     ').view(-1, 1)\n\n\n'
+     'def gae(rewards, values, mask):'),
+    ('        rows = draw_rows(iteration)\n',
+     '        rows = [row for row in draw_rows(iteration)[::4] for _ in range(4)]\n'),
+    ('                old_values.append(values_of(critic, *batch))\n', ''),
+    ('        old_values = torch.cat(old_values)\n', ''),
+    ('        advantages, returns = gae(rewards, old_values, mask)\n',
+     '        advantages = group_advantages(rewards, 4) * mask\n'),
+    ('            values = values_of(critic, *batch)\n', ''),
+    ('            loss_v = value_loss(values, old_values[part], returns[part], mask[part])\n', ''),
+    ('((loss + loss_v) * share', '(loss * share'),
+    ('            value_norm = scale.clip(critic, 1.0)\n', ''),
+    ('"policy_loss": loss, "value_loss": loss_v, "clip_frac"', '"policy_loss": loss, "clip_frac"'),
+    ('cfg.lr, value_norm=value_norm, **learnt', 'cfg.lr, **learnt'),
+    ('        metrics["explained_variance"] = explained_variance(old_values, returns, mask, ranks)\n',
+     ''),
+    ('    models = {"policy": policy, "critic": open_critic(start, rewards, ranks, cfg.recompute)}\n',
+     '    models = {"policy": policy}\n'),
+    ('train(policy, ref, models["critic"], list', 'train(policy, ref, None, list')]
+
+
+def test_a_fork_touches_its_idea_its_loop_and_its_name_alone_and_runs(tmp_path, monkeypatch):
+    """GRPO from PPO: at most 20 lines differ, and the fork trains, saves and resumes."""
+    import difflib
+    import importlib.util
+
+    source = Path(ppo.__file__).read_text(encoding="utf-8")
+    fork = source
+    for old, new in GRPO:
+        assert fork.count(old) == 1, old
+        fork = fork.replace(old, new)
+    changed = 0
+    matcher = difflib.SequenceMatcher(None, source.splitlines(), fork.splitlines(), False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        changed += max(b - a, d - c) * (kind != "equal")
+    assert changed <= 20
+
+    (tmp_path / "grpo.py").write_text(fork, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("grpo", tmp_path / "grpo.py")
+    grpo = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "grpo", grpo)
+    spec.loader.exec_module(grpo)
+    out = tmp_path / "out"
+    out.mkdir()
+    toy.chain(out)
+    toy.save(out / "rlhf_v1.pt", toy.network(5))
+    cfg = grpo.Config(out=str(out), iterations=2, batch_size=8, minibatch=4, max_new_tokens=6,
+                      device="cpu", kernels="torch")
+    final = grpo.main(cfg)
+    assert math.isfinite(final["val_reward"])
+    rows = [json.loads(line) for line in (out / "grpo.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and "value_loss" not in rows[-1]
+    assert M.load(out / "grpo.pt", "cpu")[1]["stage"] == "grpo"

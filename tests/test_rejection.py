@@ -231,6 +231,22 @@ def test_distillation_keeps_strictly_safer_answers_and_drops_the_preprompt(
 # ----------------------------------------------------------------------- fresh reward models
 
 
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_script_behind_a_link_finds_its_neighbours(links, tmp_path, monkeypatch):
+    """Python finds the modules, but __file__ is the link: reward.py is not beside it."""
+    link = Path(rejection.__file__).resolve()
+    for n in range(links):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "rejection.py").symlink_to(link)
+        link = tmp_path / str(n) / "rejection.py"
+    commands = []
+    monkeypatch.setattr(rejection, "__file__", str(link))
+    monkeypatch.setattr(rejection.subprocess, "run", lambda command, **options: (
+        commands.append(command), SimpleNamespace(returncode=0))[1])
+    rejection.run_reward([])
+    assert Path(commands[0][1]).is_file() and Path(commands[0][1]).name == "reward.py"
+
+
 def test_fresh_comparisons_go_through_reward_py(folder, tokenizer, village, monkeypatch):
     """The child process is played by the same call in this one: real flags, rows and models."""
     flags = asdict(reward.Config(seed=7, margin="none"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import data, kernels, model as M, scale
+import data, kernels, model as M, rollouts, scale, stage
 
 ROOT = Path(__file__).parent.parent
 CONFIG = M.ModelConfig(dim=48, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=80, vocab_size=320,
@@ -94,7 +94,7 @@ def build(ranks, recompute=False, lr=2e-3):
     with torch.device("meta"):
         model = M.Llama(CONFIG)
     model = scale.wrap(model, ranks, seed=3, recompute=recompute)
-    return model, M.adamw(model, lr, 0.1)
+    return model, stage.adamw(model, lr, 0.1)
 
 
 def learn(model, optimizer, ranks, steps: range) -> list[float]:
@@ -262,15 +262,15 @@ def test_an_exception_on_one_rank_ends_the_other(tmp_path):
 
 @pytest.mark.scale
 def test_torchrun_ends_all_ranks_when_one_fails(tmp_path):
-    """Rank 1 exits as M.run exits for a bad row, while rank 0 waits in a collective."""
+    """Rank 1 exits as stage.run exits for a bad row, while rank 0 waits in a collective."""
     script = tmp_path / "fails.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport scale, model as M\n"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport scale, stage\n"
                       "from dataclasses import dataclass\n"
                       "@dataclass\nclass Config:\n    device: str = 'cpu'\n"
                       "def main(cfg):\n    ranks = scale.setup(cfg.device)\n"
                       "    if ranks.rank == 1:\n        raise ValueError('a bad row')\n"
                       "    ranks.sum(1.0)\n    ranks.finish()\n"
-                      "M.run(main, Config)\n")
+                      "stage.run(main, Config)\n")
     done = torchrun(2, script)
     assert done.returncode != 0 and done.stderr.count("fails.py: a bad row") == 1
 
@@ -336,7 +336,7 @@ def test_without_torchrun_nothing_distributed_is_imported():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-# ------------------------------------------------------------------------------ the five stages
+# ------------------------------------------------------------------------------- the six stages
 
 SHAPE = M.ModelConfig(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=28, vocab_size=320,
                       max_seq_len=128)
@@ -389,7 +389,7 @@ def kit(tmp_path_factory) -> Path:
     return folder
 
 
-def flags_of(stage: str, kit: Path, out: Path, **more) -> dict:
+def flags_of(name: str, kit: Path, out: Path, **more) -> dict:
     """The Config of a short run of a stage on the kit, in the folder `out`."""
     own = {
         "pretrain": dict(data=str(kit / "book.txt"), vocab_size=320, tokens=5 * 4 * 32,
@@ -399,54 +399,70 @@ def flags_of(stage: str, kit: Path, out: Path, **more) -> dict:
                     seq_len=64, batch_size=8, micro_batch=2, lr=1e-3, log_every=1),
         "reward": dict(checkpoint=str(kit / "sft.pt"), batch_size=8, micro_batch=2, lr=1e-3,
                        data=f"{kit / 'pairs.jsonl'},{kit / 'pairs_test.jsonl'}", log_every=1),
-        "ppo": dict(checkpoint=str(kit / "sft.pt"), data=str(kit / "prompts.jsonl"), rounds=1,
-                    prompts=6, samples=3, comparisons=0, iterations=2, batch_size=8, minibatch=8,
-                    rs_lr=1e-3, lr=1e-3, beta=0.1, max_new_tokens=8),
+        "rejection": dict(checkpoint=str(kit / "sft.pt"), data=str(kit / "prompts.jsonl"),
+                          rounds=1, prompts=6, samples=3, comparisons=0, rs_lr=1e-3,
+                          max_new_tokens=8),
+        "ppo": dict(checkpoint=str(kit / "ppo.pt"), data=str(kit / "prompts.jsonl"), iterations=2,
+                    batch_size=8, minibatch=8, lr=1e-3, beta=0.1, max_new_tokens=8),
         "gatt": dict(checkpoint=str(kit / "ppo.pt"), data=str(kit / "dialogs.jsonl"), replay=6,
-                     instructions=str(kit / "rules.jsonl"), dialogues=12, eval_prompts=2, lr=1e-3,
-                     batch_size=4, micro_batch=1, seq_len=64, max_new_tokens=16, epochs=6)}[stage]
+                     instructions=str(kit / "rules.jsonl"), dialogues=12, lr=1e-3, batch_size=4,
+                     micro_batch=1, seq_len=64, max_new_tokens=16, epochs=6)}[name]
     out.mkdir(exist_ok=True)
-    if stage == "ppo":
-        for which in ("helpful", "safety"):
-            name = f"reward_{which}.pt"
-            (out / name).exists() or os.link(kit / name, out / name)
+    if name in ANSWERING:
+        for file in ("sft.pt", "reward_helpful.pt", "reward_safety.pt"):
+            (out / file).exists() or os.link(kit / file, out / file)
     return {**own, "out": str(out), "kernels": "torch", "device": "cpu", **more}
 
 
-def run_stage(stage: str, flags: dict, answers: list | None = None) -> list:
-    """The stage as a rank runs it; answers: of an earlier run of ppo.py, to be used again."""
-    module = __import__(stage)
-    original, said = getattr(module, "answer", None), []
+ANSWERING = ("rejection", "ppo")  # whose answers are scored: one token apart is another answer
+
+
+def run_stage(name: str, flags: dict, answers: list | None = None) -> list:
+    """The stage as a rank runs it; answers: of an earlier run of it, to be used again."""
+    module = __import__(name)
+    original, said = rollouts.answer, []
 
     def recorded(*arguments, **options):
         said.append(original(*arguments, **options) if answers is None else answers[len(said)])
         return said[-1]
 
-    if stage == "ppo":
-        module.answer = recorded
+    if name in ANSWERING:
+        rollouts.answer = recorded
     try:
         module.main(module.Config(**flags))
     finally:
-        if stage == "ppo":
-            module.answer = original
+        rollouts.answer = original
     return said
 
 
-def logged(out: Path, stage: str) -> list[dict]:
+def logged(out: Path, name: str) -> list[dict]:
     """The numbers of a run's log that do not depend on the clock."""
-    rows = [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
+    if name == "rejection":
+        return [version_in(out / f"{file}.pt") for file in ("rlhf_v1", "rlhf_control")]
+    rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if isinstance(v, float) and k not in
              ("tokens_per_s", "of_peak")} for row in rows]
 
 
+def version_in(path: Path) -> dict:
+    """What rejection sampling found, and what its version has learnt: the loss of a fixed row."""
+    model, info = M.load(path, "cpu")
+    found = {"loss": loss_of(model, torch.arange(100, 140)[None]).item()}
+    if "ladder" in info["metrics"]:
+        for n, (best, median) in info["metrics"]["ladder"].items():
+            found |= {f"best of {n}": best, f"median of {n}": median}
+        found |= info["metrics"]["curve"] | {"T": info["metrics"]["temperature"]}
+    return found
+
+
 @pytest.fixture(scope="module")
 def alone(kit, tmp_path_factory):
-    """alone(stage): (log, answers) of a single process, made once."""
+    """alone(name): (log, answers) of a single process, made once."""
     @functools.cache
-    def make(stage: str):
-        out = tmp_path_factory.mktemp(stage)
-        answers = run_stage(stage, flags_of(stage, kit, out))
-        return logged(out, stage), answers
+    def make(name: str):
+        out = tmp_path_factory.mktemp(name)
+        answers = run_stage(name, flags_of(name, kit, out))
+        return logged(out, name), answers
     return make
 
 
@@ -455,11 +471,11 @@ def small_tiny(monkeypatch):
     monkeypatch.setitem(M.PRESETS, "tiny", replace(SHAPE, vocab_size=320))
 
 
-def check_stage(stage, size, tp, recompute, kit, alone, tmp_path) -> None:
-    expected, answers = alone(stage)
-    flags = flags_of(stage, kit, tmp_path / "out", tp=tp, recompute=recompute)
-    on_ranks(size, tmp_path / "r", run_stage, stage, flags, answers or None)
-    found = logged(tmp_path / "out", stage)
+def check_stage(name, size, tp, recompute, kit, alone, tmp_path) -> None:
+    expected, answers = alone(name)
+    flags = flags_of(name, kit, tmp_path / "out", tp=tp, recompute=recompute)
+    on_ranks(size, tmp_path / "r", run_stage, name, flags, answers or None)
+    found = logged(tmp_path / "out", name)
     assert len(found) == len(expected) > 1
     for a, b in zip(found, expected):
         assert a == pytest.approx(b, abs=1e-5)
@@ -470,13 +486,16 @@ def test_sft_on_two_ranks_logs_the_numbers_of_one(kit, alone, tmp_path):
 
 
 @pytest.mark.scale
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo", "gatt"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "rejection", "ppo", "gatt"])
 @pytest.mark.parametrize("size, tp", [(2, 1), (2, 2), (4, 1), (4, 2)])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_every_stage_logs_the_numbers_of_a_single_process(stage, size, tp, recompute, kit, alone,
+def test_every_stage_logs_the_numbers_of_a_single_process(name, size, tp, recompute, kit, alone,
                                                           small_tiny, tmp_path):
-    """Losses, gradient norms, accuracies, KL and rewards within 1e-5; PPO on recorded answers."""
-    check_stage(stage, size, tp, recompute, kit, alone, tmp_path)
+    """Losses, gradient norms, accuracies, KL and rewards within 1e-5; ANSWERING on recorded ones.
+
+    Of rejection sampling, which writes no log: its record, and the loss of V1 and of the control.
+    """
+    check_stage(name, size, tp, recompute, kit, alone, tmp_path)
 
 
 @pytest.mark.scale
@@ -586,7 +605,7 @@ def test_check_is_asked_before_anything_is_filled(tmp_path):
         raise ValueError("made with other flags")
 
     with pytest.raises(ValueError, match="made with other flags"):
-        scale.load_state(path, other, M.adamw(other, 0.1, 0.1), ALONE, check)
+        scale.load_state(path, other, stage.adamw(other, 0.1, 0.1), ALONE, check)
 
 
 def step_folder(root: Path, name: str) -> Path:
@@ -647,7 +666,7 @@ def test_killed_at_five_moments_and_resumed_every_loss_is_bit_equal(tmp_path):
 def run_half(path) -> tuple:
     ranks = scale.setup("cpu", 2)
     model = scale.wrap(M.load(path, "cpu")[0], ranks)
-    optimizer = M.adamw(model, 1e-2, 0.1)
+    optimizer = stage.adamw(model, 1e-2, 0.1)
     weights, losses = scale.full_weights(model), learn(model, optimizer, ranks, range(2))
     ranks.finish()
     return weights, losses
@@ -658,7 +677,7 @@ def test_a_half_precision_file_is_trained_in_float32(tmp_path):
     M.save(tmp_path / "half.pt", M.Llama(CONFIG).init_weights(1), "pretrain", b"model", {},
            dtype=torch.bfloat16)
     model = scale.wrap(M.load(tmp_path / "half.pt", "cpu")[0], ALONE)
-    expected = learn(model, M.adamw(model, 1e-2, 0.1), ALONE, range(2))
+    expected = learn(model, stage.adamw(model, 1e-2, 0.1), ALONE, range(2))
     model = M.load(tmp_path / "half.pt", "cpu")[0]
     for weights, losses in on_ranks(2, tmp_path / "r", run_half, tmp_path / "half.pt"):
         assert losses == pytest.approx(expected, abs=1e-5)
@@ -673,7 +692,7 @@ def run_weights_back() -> float:
     kept = scale.full_weights(model)
     first = learn(model, optimizer, ranks, range(2))
     scale.load_weights(model, kept)
-    optimizer = M.adamw(model, 2e-3, 0.1)  # as in `build`
+    optimizer = stage.adamw(model, 2e-3, 0.1)  # as in `build`
     again = learn(model, optimizer, ranks, range(2))
     ranks.finish()
     return max(abs(a - b) for a, b in zip(first, again))
@@ -808,3 +827,88 @@ def test_an_unknown_command_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, "scale.py", "tokenize"], capture_output=True, text=True,
                           cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "consolidate" in done.stderr
+
+
+# ---- tokenising among other processes
+
+
+def corpus_of(folder: Path, rows: int = 4000) -> scale.Tokenise:
+    """Flags of `tokenise` for some text, in shards of one megabyte."""
+    texts = [f"The miller of house {n} asks: who walks to the river, and why?" for n in range(rows)]
+    (folder / "text.txt").write_text("\n".join(texts))
+    (folder / "t.model").write_bytes(data.train_tokenizer(texts[:300], 300))
+    return scale.Tokenise(data=str(folder / "text.txt"), tokenizer=str(folder / "t.model"),
+                          out=str(folder / "shards"), shard_megabytes=1, workers=2)
+
+
+def workers_of(pid: int) -> list[int]:
+    """The child processes of a process."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def tokenising(cfg: scale.Tokenise) -> subprocess.Popen:
+    """`scale.py tokenise` under way, both workers started."""
+    words = [w for k in ("data", "tokenizer", "out", "workers")
+             for w in ("--" + k, str(getattr(cfg, k)))]
+    process = subprocess.Popen(
+        [sys.executable, scale.__file__, "tokenise", "--shard-megabytes", "1", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while len(workers_of(process.pid)) < 2 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_killed_worker_is_one_line_and_the_next_run_continues(number, tmp_path):
+    cfg = corpus_of(tmp_path, 100_000)
+    process = tokenising(cfg)
+    os.kill(workers_of(process.pid)[0], number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2 and error.count("\n") == 1, error
+    assert "a worker process was killed" in error and "continues where it stopped" in error
+    scale.tokenise(cfg)
+    assert sum(scale.read_manifest(tmp_path / "shards")["files"].values()) > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_workers_end_with_the_process_that_feeds_them(number, tmp_path):
+    process = tokenising(corpus_of(tmp_path, 100_000))
+    workers = workers_of(process.pid)
+    process.send_signal(number)
+    process.communicate(timeout=120)  # until nobody holds its output: the workers, too
+    deadline = time.time() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.parametrize("edit", ["same size", "same size and date", "swapped"])
+def test_an_edit_that_keeps_the_size_is_noticed(edit, tmp_path):
+    cfg = corpus_of(tmp_path)
+    scale.tokenise(cfg)
+    text = tmp_path / "text.txt"
+    before, content = text.stat(), text.read_text()
+    lines = content.splitlines()
+    changed = "\n".join([lines[1], lines[0], *lines[2:]])
+    text.write_text(changed if edit == "swapped" else content.replace("miller", "farmer"))
+    assert text.stat().st_size == before.st_size
+    if edit == "same size and date":
+        os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match="shards of another text"):
+        scale.tokenise(cfg)
+    text.write_text(content)  # the same text with a new date is the same text
+    scale.tokenise(cfg)
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", "null", '{"files": {"a.bin": 1}}', "[" * 100_000, '{"files": 3, "dtype": "uint16"}',
+    '{"files": {"../a": 1}, "dtype": "uint16"}', '{"files": {"a": "1"}, "dtype": "uint16"}',
+    '{"files": {"a": 1}, "dtype": "object"}', '{"files": {"a": 1}, "dtype": ["uint16"]}'])
+def test_a_damaged_manifest_is_one_line(content, tmp_path):
+    (tmp_path / "shards.json").write_text(content)
+    with pytest.raises(ValueError, match="shards.json is damaged"):
+        scale.read_manifest(tmp_path)
