@@ -155,14 +155,15 @@ def test_each_exam_writes_the_keys_that_summary_and_figures_read(chain, name):
         assert all(map(is_duel, report["win_rates"].values()))
     if name == "gatt":
         assert report.keys() == {"before", "after", "dialogues"} and report["dialogues"] == 2
-        arms = {f"{ceiling}{arm}" for ceiling in ("", "ceiling_")
-                for arm in ("seen", "unseen", "untrained")}
+        arms = {"seen", "unseen", "untrained"}
+        ceilings = {"before": {"ceiling_seen"}, "after": {f"ceiling_{arm}" for arm in arms}}
         for when in ("before", "after"):
-            assert arms | {"talk", "attention", "map", "T=1", "helpful_under_instruction"} <= (
+            curves = arms | ceilings[when]
+            assert curves | {"talk", "attention", "map", "helpful_under_instruction"} <= (
                 report[when].keys())
-            for arm in arms:
-                assert means(report[when][arm]) == [1.0, 1.0], "every answer obeys here"
-        assert {"greedy", "T=0.5", "kl", "reward_helpful", "reward_safety"} <= (
+            for curve in curves:
+                assert means(report[when][curve]) == [1.0, 1.0], "every answer obeys here"
+        assert {"greedy", "T=0.5", "T=1", "kl", "reward_helpful", "reward_safety"} <= (
             report["after"].keys())
         assert report["before"]["attention"] != report["after"]["attention"]
         assert report["before"]["talk"] == report["after"]["talk"], "one dialogue, two models"
@@ -936,8 +937,8 @@ def test_own_files_are_examined_on_what_gatt_held_out_under_its_own_flags(tmp_pa
 
 
 def test_memory_is_asked_for_with_one_instruction_and_the_ceiling_with_many(monkeypatch, tokenizer):
-    """Told once and told on every turn, each with values of both kinds: four curves, and of each
-    the dice are its own."""
+    """Told once with values of both kinds; on every turn with those that are asked for: seen ones,
+    unless it is said. Of each curve the dice are its own."""
     arms, talk = [], gatt.keep_first("Act as Plato.", TALK[:2])
 
     def converse(one, rows, questions, place, name):
@@ -946,7 +947,11 @@ def test_memory_is_asked_for_with_one_instruction_and_the_ceiling_with_many(monk
 
     monkeypatch.setattr(exam, "converse", converse)
     one = examined(M.Llama(SHAPE).init_weights(0), tokenizer, data="own.jsonl")
-    report = exam.obedience(one, TestTalks([], {"seen": "S", "unseen": "U"}), "before")
+    test = TestTalks([], {"seen": "S", "unseen": "U"})
+    few = exam.obedience(one, test, "before")
+    assert {name for *_, name in arms} == {"seen", "ceiling_seen", "unseen"} <= few.keys()
+    arms.clear()
+    report = exam.obedience(one, test, "after", ceilings=("seen", "unseen"))
     assert arms == [("S", gatt.keep_first, "seen"),
                     ("S", gatt.repeat_instruction, "ceiling_seen"),
                     ("U", gatt.keep_first, "unseen"),
@@ -1020,7 +1025,7 @@ def test_ghost_attentions_model_is_scored_by_the_reward_models_that_its_start_na
                         lambda one, rewards: {"kl": (one.stage, rewards)})
     report = exam.exam_gatt(quick(tmp_path))
     assert report["after"]["kl"] == ("gatt", "refreshed_7") and "kl" not in report["before"]
-    assert (report["before"]["graded"], report["after"]["graded"]) == ("ppo", "gatt")
+    assert report["after"]["graded"] == "gatt" and "graded" not in report["before"], "ppo's exam did"
     assert "control" not in report, "with --full alone: it trains"
     monkeypatch.setattr(exam, "without_the_trick", lambda one, test, made: (one.stage, made.turns))
     assert exam.exam_gatt(quick(tmp_path, full=True))["control"] == ("ppo", 2)
