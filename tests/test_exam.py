@@ -1025,7 +1025,7 @@ def test_ghost_attentions_model_is_scored_by_the_reward_models_that_its_start_na
                         lambda one, rewards: {"kl": (one.stage, rewards)})
     report = exam.exam_gatt(quick(tmp_path))
     assert report["after"]["kl"] == ("gatt", "refreshed_7") and "kl" not in report["before"]
-    assert report["after"]["graded"] == "gatt" and "graded" not in report["before"], "ppo's exam did"
+    assert report["after"]["graded"] == "gatt" and "graded" not in report["before"]  # ppo's exam
     assert "control" not in report, "with --full alone: it trains"
     monkeypatch.setattr(exam, "without_the_trick", lambda one, test, made: (one.stage, made.turns))
     assert exam.exam_gatt(quick(tmp_path, full=True))["control"] == ("ppo", 2)
