@@ -155,15 +155,14 @@ def test_each_exam_writes_the_keys_that_summary_and_figures_read(chain, name):
         assert all(map(is_duel, report["win_rates"].values()))
     if name == "gatt":
         assert report.keys() == {"before", "after", "dialogues"} and report["dialogues"] == 2
-        arms = {f"{ceiling}{arm}" for ceiling in ("", "ceiling_")
-                for arm in ("seen", "unseen", "untrained")}
-        for when in ("before", "after"):  # before it one ceiling will do
-            own = arms if when == "after" else arms - {"ceiling_unseen", "ceiling_untrained"}
-            assert {arm for arm in report[when] if arm in arms} == own
-            assert own | {"talk", "attention", "map", "helpful_under_instruction"} <= (
+        arms = {"seen", "unseen", "untrained"}
+        ceilings = {"before": {"ceiling_seen"}, "after": {f"ceiling_{arm}" for arm in arms}}
+        for when in ("before", "after"):
+            curves = arms | ceilings[when]
+            assert curves | {"talk", "attention", "map", "helpful_under_instruction"} <= (
                 report[when].keys())
-            for arm in own:
-                assert means(report[when][arm]) == [1.0, 1.0], "every answer obeys here"
+            for curve in curves:
+                assert means(report[when][curve]) == [1.0, 1.0], "every answer obeys here"
         assert {"greedy", "T=0.5", "T=1", "kl", "reward_helpful", "reward_safety"} <= (
             report["after"].keys())
         assert report["before"]["attention"] != report["after"]["attention"]
@@ -920,7 +919,7 @@ def test_own_files_are_examined_on_what_gatt_held_out_under_its_own_flags(tmp_pa
     M.save(tmp_path / "gatt.pt", net, "gatt", tokenizer.model_bytes,
            {"lineage": ["ppo"], "flags": stage.asdict(made)})
     seen = []
-    monkeypatch.setattr(exam, "obedience", lambda one, test, *_: (
+    monkeypatch.setattr(exam, "obedience", lambda one, test, when, talk=None: (
         seen.append((one, test)), {"talk": TALK})[1])
     exam.main("gatt", quick(tmp_path, eval_prompts=40))
     learnt = gatt.of_own_files(made)
@@ -938,8 +937,8 @@ def test_own_files_are_examined_on_what_gatt_held_out_under_its_own_flags(tmp_pa
 
 
 def test_memory_is_asked_for_with_one_instruction_and_the_ceiling_with_many(monkeypatch, tokenizer):
-    """Told once and told on every turn, each with values of both kinds: four curves, and of each
-    the dice are its own. Without being asked for, one ceiling."""
+    """Told once with values of both kinds; on every turn with those that are asked for: seen ones,
+    unless it is said. Of each curve the dice are its own."""
     arms, talk = [], gatt.keep_first("Act as Plato.", TALK[:2])
 
     def converse(one, rows, questions, place, name):
@@ -949,15 +948,16 @@ def test_memory_is_asked_for_with_one_instruction_and_the_ceiling_with_many(monk
     monkeypatch.setattr(exam, "converse", converse)
     one = examined(M.Llama(SHAPE).init_weights(0), tokenizer, data="own.jsonl")
     test = TestTalks([], {"seen": "S", "unseen": "U"})
-    report = exam.obedience(one, test, "before", None, ("seen", "unseen"))
+    few = exam.obedience(one, test, "before")
+    assert {name for *_, name in arms} == {"seen", "ceiling_seen", "unseen"} <= few.keys()
+    arms.clear()
+    report = exam.obedience(one, test, "after", ceilings=("seen", "unseen"))
     assert arms == [("S", gatt.keep_first, "seen"),
                     ("S", gatt.repeat_instruction, "ceiling_seen"),
                     ("U", gatt.keep_first, "unseen"),
                     ("U", gatt.repeat_instruction, "ceiling_unseen")]
     assert [means(report[name]) for *_, name in arms] == [[.1], [.2], [.3], [.4]]
     assert report["talk"] == talk and 0 < report["attention"] < 1
-    fewer = exam.obedience(one, test, "before")
-    assert "ceiling_seen" in fewer and "ceiling_unseen" not in fewer
     tokens = data.encode_dialog(tokenizer, talk)[0]
     assert len(report["map"]) == len(report["map"][0]) == -(-len(tokens) // exam.BIN)
     assert "helpful_under_instruction" not in report, "own files are not the annotator's"
@@ -1021,11 +1021,11 @@ def test_ghost_attentions_model_is_scored_by_the_reward_models_that_its_start_na
            {**info["metrics"], "rewards": "refreshed_7"})
     monkeypatch.setattr(exam, "obedience", lambda one, *_: {"talk": TALK, "who": one.stage})
     monkeypatch.setattr(exam, "grade", lambda one, **_: {"graded": one.stage})
-    monkeypatch.setattr(exam, "beside_the_others", lambda one, rewards: {"kl": (one.stage, rewards)})
+    monkeypatch.setattr(exam, "beside_the_others",
+                        lambda one, rewards: {"kl": (one.stage, rewards)})
     report = exam.exam_gatt(quick(tmp_path))
     assert report["after"]["kl"] == ("gatt", "refreshed_7") and "kl" not in report["before"]
-    assert report["after"]["graded"] == "gatt"
-    assert "graded" not in report["before"], "its own exam has graded that model"
+    assert report["after"]["graded"] == "gatt" and "graded" not in report["before"]  # ppo's exam
     assert "control" not in report, "with --full alone: it trains"
     monkeypatch.setattr(exam, "without_the_trick", lambda one, test, made: (one.stage, made.turns))
     assert exam.exam_gatt(quick(tmp_path, full=True))["control"] == ("ppo", 2)
