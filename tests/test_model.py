@@ -1243,9 +1243,11 @@ def error_of(path, load=M.load) -> str:
     return str(e.value)
 
 
-@pytest.mark.parametrize("name", ["pretrain.pt", "pretrain.state.pt"])
+@pytest.mark.parametrize("name", ["pretrain.pt", "pretrain.state.pt", "sft.pt", "ppo.pt",
+                                  "gatt.pt"])
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"{name} does not exist: `python pretrain.py`"):
+    script = name.split(".")[0] + ".py"
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist: `python {script}`"):
         M.load(tmp_path / name)
 
 
@@ -1257,9 +1259,9 @@ def test_a_missing_reward_model_names_reward_py(tmp_path, monkeypatch):
         M.load(tmp_path / "reward_safety.pt")
 
 
-@pytest.mark.parametrize("name", ["mine.pt", "model.pt", "data.pt"])
+@pytest.mark.parametrize("name", ["mine.pt", "model.pt", "data.pt", "chat.pt", "exam_1.pt"])
 def test_a_missing_file_of_another_name_claims_no_command(tmp_path, name):
-    """model.py and data.py make no checkpoint."""
+    """model.py, data.py, chat.py and exam.py make no checkpoint: only a stage, which says STAGE."""
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist: check the path"):
         M.load(tmp_path / name)
 

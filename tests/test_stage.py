@@ -1,5 +1,6 @@
 """What stage.py promises: flags from a Config, one line for what is wrong, logs, states, AdamW."""
 import copy
+import errno
 import json
 import math
 import os
@@ -452,6 +453,22 @@ def test_a_full_disk_is_one_oserror_and_the_old_state_stays(state):
     old = state.read_bytes()
     with full_disk(), pytest.raises(OSError) as e:
         stage.save_state(state, {"x": torch.ones(9999)})
+    assert "\n" not in str(e.value)
+    assert state.read_bytes() == old and os.listdir(state.parent) == ["sft.state.pt"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   RuntimeError("PytorchStreamWriter failed writing file\nat: 1")])
+def test_a_state_that_cannot_be_written_is_one_oserror_and_the_old_one_stays(state, monkeypatch,
+                                                                             error):
+    def fail(value, f):
+        f.write(b"half")
+        raise error
+
+    old = state.read_bytes()
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError) as e:
+        stage.save_state(state, {})
     assert "\n" not in str(e.value)
     assert state.read_bytes() == old and os.listdir(state.parent) == ["sft.state.pt"]
 
