@@ -349,19 +349,22 @@ def shape_of(checkpoint, preset: str | None, dry_run: bool) -> M.ModelConfig:
 
 def dry_run(config: M.ModelConfig, batch_size: int, seq_len: int, micro_batch: int = 0,
             recompute: bool = False, tp: int = 1, tokens: float = 0, device: str = "auto",
-            pairs: bool = False, rollouts: int = 0) -> str:
+            pairs: bool = False, rollouts: int = 0, trained: int = 2, frozen: int = 4) -> str:
     """--dry-run: print what a stage would need on this machine, under this torchrun.
 
     Allocates nothing. tokens: of the whole training, for the hours; 0: of one step. pairs: a row
-    is two sequences, chosen and rejected. rollouts: answers of an iteration of PPO, where policy
-    and critic are trained, and reference, SFT and two reward models are only read.
+    is two sequences, chosen and rejected. rollouts: answers of an iteration; with them go the
+    models that are trained and those that are only read (of PPO policy and critic; reference, SFT
+    and two reward models).
     """
     ranks, place = int(os.environ.get("WORLD_SIZE", 1)), M.pick_device(device)
     if tp < 1 or ranks % tp:
         raise ValueError(f"--tp {tp} must divide the {ranks} ranks: start --dry-run under torchrun "
                          f"too, or ask `python plan.py plan --ranks N --tp {tp}`")
     run = Run(config, batch_size, seq_len, micro_batch, ranks, tp, recompute, place.type == "cuda",
-              *(2, 4, rollouts) if rollouts else (), per_row=1 + pairs)
+              per_row=1 + pairs)
+    if rollouts:
+        run = replace(run, trained=trained, frozen=frozen, rollouts=rollouts)
     if place.type == "cuda":
         limit = float(torch.cuda.get_device_properties(place).total_memory)
     elif hasattr(os, "sysconf"):

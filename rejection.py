@@ -475,7 +475,7 @@ def main(cfg: Config) -> dict:
         cfg.rs_lr = next(lr for width, lr in reversed(RS_LR.items()) if config.dim >= width)
     if cfg.dry_run:
         plan.dry_run(config, cfg.batch_size, config.max_seq_len, recompute=cfg.recompute, tp=cfg.tp,
-                     device=cfg.device, rollouts=cfg.prompts * cfg.samples)
+                     device=cfg.device, rollouts=cfg.prompts * cfg.samples, trained=1, frozen=4)
         return {}
     info = M.load(source, "cpu")[1]
     ranks = scale.setup(cfg.device, cfg.tp)  # this process among others; alone: rank 0 of 1
