@@ -17,7 +17,9 @@ from bench.referee import CLOCKS, Entry, Finished, Job, Referee, Result, contest
 from kernels import build, native
 
 try:
-    build.load_library()
+    for products in build.PRODUCTS:
+        build.load_library(products)
+        build.load_library(products, ops.SOURCES)
     COMPILED = ""
 except OSError as e:
     COMPILED = str(e)
