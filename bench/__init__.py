@@ -18,4 +18,8 @@ train    a step of pretrain.py; rollout: 64 answers of 64 tokens; decode: one an
 Times depend on what else the machine does: the first line says how busy it is. Contestants run in
 turn, in processes of their own, and only ratios within a round are compared. On a machine that is
 never quiet, --threads 1 --clock cpu counts the processor time that each one used instead.
+
+Read ops.py (each kernel, its exact twin, PyTorch's) with bench.c, then __main__.py from check to
+op_table; for whole tasks tasks.py (who meets whom), referee.py (turns, clocks, the table), and of
+contestants.py the ones that matter to you.
 """

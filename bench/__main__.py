@@ -46,6 +46,7 @@ CHECKED = {"grouped heads": M.ModelConfig(36, 3, 6, 2, 53, 203, 64),
 # Largest error as a share of the largest number. float32 sums of a thousand products lie at 1e-6;
 # a bfloat16 factor is off by up to 2^-9 = 0.2%, and one block takes the next one's errors in.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}
+DECODER_TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.03, "int4": 0.2}  # of its logits
 
 # ---------------------------------------------------------------------------------------- check
 
@@ -55,55 +56,95 @@ def error(ours: list, exact: list) -> float:
 
     Where that is nearly 0 against the other tensors (dq, with a single key), theirs is taken.
     """
-    floor = 1e-3 * max(e.abs().max().item() for e in exact)
-    return max(((o.double() - e).abs().max() / max(e.abs().max().item(), floor)).item()
-               for o, e in zip(ours, exact, strict=True))
+    largest = [tensor.abs().max().item() for tensor in exact]
+    floor = 1e-3 * max(largest)
+    shares = []
+    for our_tensor, exact_tensor, size in zip(ours, exact, largest, strict=True):
+        difference = (our_tensor.double() - exact_tensor).abs().max()
+        shares.append(difference / max(size, floor))
+    return torch.stack(shares).max().item()  # nan if one is nan, which max(shares) may miss
+
+
+def errors_of_all_ops() -> dict[str, list[float]]:
+    """Of each kernel, by its name, the error at each of the CHECKED sizes."""
+    found: dict[str, list[float]] = {}
+    for size, config in CHECKED.items():
+        T = 7 if size == "smallest" else 37
+        name = ""
+        for op in ops.all_ops(config, B=3, T=T):
+            if op.is_part:
+                whole = name.split(",")[0]
+                name = f"{whole}, {op.name.strip()}"
+            else:
+                name = op.name
+            found.setdefault(name, []).append(error(op.ours(1), op.exact()))
+    return found
 
 
 def check() -> int:
     """Every kernel against float64 at odd sizes, in both libraries; returns how many are wrong."""
-    print(f"\ncheck: largest error against float64, as a share of the largest number\n{'':<32}"
-          + "".join(f"{size:>15}" for size in CHECKED) + f"{'at most':>9}")
+    sizes = "".join(f"{size:>15}" for size in CHECKED)
+    print("\ncheck: largest error against float64, as a share of the largest number")
+    print(f"{'':<32}{sizes}{'at most':>9}")
     wrong = 0
     for products, limit in TOLERANCE.items():
         native.use(products)
         print(f"{products} products")
-        found: dict[str, list[float]] = {}
-        for size, config in CHECKED.items():
-            name = ""
-            for op in ops.all_ops(config, B=3, T=7 if size == "smallest" else 37):
-                part = op.name[0] == " "  # of the line above
-                name = f"{name.split(',')[0]},{op.name[1:]}" if part else op.name
-                found.setdefault(name, []).append(error(op.ours(1), op.exact()))
-        for name, errors in found.items():
-            bad = not all(e < limit for e in errors)
-            wrong += bad
-            print(f"  {name:<30}" + "".join(f"{e:>15.1e}" for e in errors)
-                  + f"{limit:>9g}{'   WRONG' * bad}")
+        for name, errors in errors_of_all_ops().items():
+            is_right = all(e < limit for e in errors)
+            columns = "".join(f"{e:>15.1e}" for e in errors)
+            print(f"  {name:<30}{columns}{limit:>9g}{verdict(is_right)}")
+            if not is_right:
+                wrong += 1
     native.use("float32")
-    return wrong + check_generation()
+    return wrong + check_generation() + check_decoder()
+
+
+def verdict(is_right: bool) -> str:
+    return "" if is_right else "   WRONG"
+
+
+SPEAKER = M.ModelConfig(48, 2, 6, 3, 75, 211, 300)
+LONG_PROMPT = list(range(30))
 
 
 def check_generation() -> int:
     """Greedy answers of both generators against model.py; returns how many differ."""
-    net = ops.network(M.ModelConfig(48, 2, 6, 3, 75, 211, 300), gain=6.0)
-    prompts, twin = [[5, 3, 8], list(range(30)), [210] * 8], ops.in_float64(net)
-    expected, exact = M.rollout(twin, prompts, 250, temperature=0.0)
-    tokens, logps = native.rollout(net, prompts, 250, 0.0, 1.0, 0, None, None)
-    off = max(abs(a - b) for x, y in zip(logps, exact) for a, b in zip(x, y))
-    same = [tokens == expected and off < 1e-3,
-            list(Decoder.of(net, "fp32").stream(prompts[0], 250, temperature=0.0)) == expected[0]]
-    for name, right in zip((f"rollout of 3 rows, {sum(map(len, tokens))} greedy tokens",
-                            f"decoding in fp32, {len(expected[0])} greedy tokens"), same):
-        print(f"{name:<42}{'as in float64' if right else 'NOT as in float64   WRONG'}")
-    calm = ops.network(net.config)  # where rounding a weight does not turn the answer over
-    exact = ops.in_float64(calm)(torch.tensor([prompts[1]]))[0]
-    for dtype, limit in (("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.03), ("int4", 0.2)):
-        e = error([Decoder.of(calm, dtype).logits(prompts[1])], [exact])
-        same.append(e < limit)
-        print(f"{f'decoding in {dtype}, 30 logits':<32}{e:>15.1e}{limit:>54g}"
-              + ("" if same[-1] else "   WRONG"))
-    return same.count(False)
+    net = ops.network(SPEAKER, gain=6.0)
+    prompts = [[5, 3, 8], LONG_PROMPT, [210] * 8]
+    expected, exact = M.rollout(ops.in_float64(net), prompts, 250, temperature=0.0)
+
+    tokens, logprobs = native.rollout(net, prompts, 250, 0.0, 1.0, 0, None, None)
+    differences = []
+    for our_row, exact_row in zip(logprobs, exact):
+        differences += [abs(a - b) for a, b in zip(our_row, exact_row)]
+    is_near = all(difference < 1e-3 for difference in differences)
+    is_rollout_right = tokens == expected and is_near
+    count = sum(len(row) for row in tokens)
+    say_generated(f"rollout of 3 rows, {count} greedy tokens", is_rollout_right)
+
+    decoded = list(Decoder.of(net, "fp32").stream(prompts[0], 250, temperature=0.0))
+    is_decoder_right = decoded == expected[0]
+    say_generated(f"decoding in fp32, {len(expected[0])} greedy tokens", is_decoder_right)
+    return [is_rollout_right, is_decoder_right].count(False)
+
+
+def say_generated(what: str, is_right: bool) -> None:
+    print(f"{what:<42}{'as in float64' if is_right else 'NOT as in float64'}{verdict(is_right)}")
+
+
+def check_decoder() -> int:
+    """Logits in every format against float64; returns how many formats are wrong."""
+    net = ops.network(SPEAKER)  # calm: rounding a weight does not turn the answer over
+    exact = ops.in_float64(net)(torch.tensor([LONG_PROMPT]))[0]
+    wrong = 0
+    for dtype, limit in DECODER_TOLERANCE.items():
+        e = error([Decoder.of(net, dtype).logits(LONG_PROMPT)], [exact])
+        is_right = e < limit
+        print(f"{f'decoding in {dtype}, 30 logits':<32}{e:>15.1e}{limit:>54g}{verdict(is_right)}")
+        if not is_right:
+            wrong += 1
+    return wrong
 
 
 # ---------------------------------------------------------------------------------- measuring
@@ -118,16 +159,20 @@ def rate(function, amount: float, seconds: float, clock=time.perf_counter) -> fl
         spent = clock() - start
         if spent >= seconds:
             return repeat * amount / spent
-        repeat = max(repeat + 1, int(repeat * min(1.3 * seconds / max(spent, 1e-9), 100)))
+        growth = min(1.3 * seconds / max(spent, 1e-9), 100)
+        repeat = max(repeat + 1, int(repeat * growth))
 
 
 def rates(functions: list, amounts: list[float], cfg: Config) -> list[float]:
     """The median rate of each, over interleaved rounds: a b c a b c ..."""
-    seconds, rounds = (0.001, 1) if cfg.quick else (cfg.seconds / 30, cfg.rounds)
+    seconds = 0.001 if cfg.quick else cfg.seconds / 30
+    rounds = 1 if cfg.quick else cfg.rounds
     clock = CLOCKS[cfg.clock]
-    found = [[rate(f, amount, seconds, clock) for f, amount in zip(functions, amounts)]
-             for _ in range(rounds + 1)]
-    return [statistics.median(column) for column in zip(*found[1:])]
+    found = []
+    for _ in range(rounds + 1):
+        found.append([rate(f, amount, seconds, clock) for f, amount in zip(functions, amounts)])
+    counted = found[1:]  # the first round is thrown away
+    return [statistics.median(column) for column in zip(*counted)]
 
 
 # --------------------------------------------------------------------------------------- limits
@@ -151,27 +196,17 @@ PLACES = {"first-level cache": 1 << 14, "second-level cache": 1 << 18, "third-le
 
 def measure_limits(cfg: Config) -> Limits:
     """Measures and prints them; a few seconds."""
-    n, lib = torch.get_num_threads(), ops.library()
-    out = [torch.zeros(1024) for _ in range(n)]
-    per_round = lib.bench_multiply_add(1, out[0].data_ptr())  # operations
-    adds = ops.in_cores([lambda r, o=o: ops.call("bench_multiply_add", 1000 * r, o)
-                         for o in out])
-    tiles = [ops.product("", 0, 240, 384, 384, torch.Generator()) for _ in range(n)]
+    n = torch.get_num_threads()
     square = 64 if cfg.quick else 1024
-    a = {kind: torch.randn(square, square).to(kind) for kind in (torch.float32, torch.bfloat16)}
-    speeds = rates([adds, ops.in_cores([t.ours for t in tiles])]
-                   + [ops.repeated(lambda x=x: x @ x) for x in a.values()],
-                   [1000 * n * per_round, n * tiles[0].flops] + 2 * [2 * square**3], cfg)
-    read, copy = {}, {}
+    arithmetic = measure_arithmetic(n, square, cfg)
+    read = {}
+    copy = {}
     for place, size in PLACES.items():
-        size = min(size, 1 << 18) if cfg.quick else size
-        buffers = [torch.zeros(size // 4) for _ in range(n)]
-        reads = ops.in_cores([lambda r, b=b, o=o: ops.call("bench_read", r, b.numel(), b, o)
-                              for b, o in zip(buffers, out)])
-        copies = ops.in_cores([lambda r, b=b: ops.call("bench_copy", r, b.numel() // 2, b,
-                                                       b[b.numel() // 2:]) for b in buffers])
-        read[place], copy[place] = rates([reads, copies], [n * size, n * size], cfg)
-    limits = Limits(*speeds, read, copy)
+        if cfg.quick:
+            size = min(size, 1 << 18)
+        read[place], copy[place] = measure_moving(n, size, cfg)
+    limits = Limits(*arithmetic, read, copy)
+
     print(f"\nlimits of {n} cores, measured now")
     for name, value in (("multiply-adds in registers", limits.multiply_add),
                         ("our product, 240 x 384 x 384 per core", limits.product),
@@ -184,19 +219,53 @@ def measure_limits(cfg: Config) -> Limits:
     return limits
 
 
+def measure_arithmetic(n: int, square: int, cfg: Config) -> list[float]:
+    """FLOP/s, the first four of Limits: n cores, PyTorch's products of (square, square)."""
+    per_round = ops.call("bench_multiply_add", 1, torch.zeros(1024))  # operations
+    add = ops.in_cores([ops.runner("bench_multiply_add", torch.zeros(1024)) for _ in range(n)])
+    tiles = [ops.product("", 0, 240, 384, 384, torch.Generator()) for _ in range(n)]
+    x32 = torch.randn(square, square)
+    x16 = torch.randn(square, square).bfloat16()
+    functions = [lambda repeat: add(1000 * repeat),
+                 ops.in_cores([tile.ours for tile in tiles]),
+                 ops.repeated(lambda: x32 @ x32),
+                 ops.repeated(lambda: x16 @ x16)]
+    amounts = [1000 * n * per_round, n * tiles[0].flops, 2 * square**3, 2 * square**3]
+    return rates(functions, amounts, cfg)
+
+
+def measure_moving(n: int, size: int, cfg: Config) -> list[float]:
+    """bytes/s (read, copied) of n cores, `size` bytes in each."""
+    readers = []
+    copiers = []
+    for _ in range(n):
+        buffer = torch.zeros(size // 4)
+        sums = torch.zeros(1024)
+        half = buffer.numel() // 2
+        readers.append(ops.runner("bench_read", buffer.numel(), buffer, sums))
+        copiers.append(ops.runner("bench_copy", half, buffer, buffer[half:]))
+    return rates([ops.in_cores(readers), ops.in_cores(copiers)], [n * size, n * size], cfg)
+
+
 def products_of(sizes: list[str], limits: Limits, cfg: Config) -> None:
     """The widest product of each model (gate and up): ours in every core, PyTorch's on all rows."""
+    n = torch.get_num_threads()
     for shape in sizes:
-        (config, B), n = tasks.SHAPES[shape], torch.get_num_threads()
-        T, K, N = config.max_seq_len, config.dim, 2 * config.hidden_dim
+        config, B = tasks.SHAPES[shape]
+        T = config.max_seq_len
+        K = config.dim
+        N = 2 * config.hidden_dim
         alone = [ops.product("", 0, T, N, K, torch.Generator()) for _ in range(n)]
-        pairs = [(torch.randn(B * T, K).to(kind), torch.randn(K, N).to(kind))
-                 for kind in (torch.float32, torch.bfloat16)]
-        speeds = rates([ops.in_cores([op.ours for op in alone])]
-                       + [ops.repeated(lambda p=p: p[0] @ p[1]) for p in pairs],
-                       [n * alone[0].flops] + 2 * [B * alone[0].flops], cfg)
-        texts = [f"{name} {speed / 1e9:.0f} ({speed / limits.multiply_add:.0%})" for name, speed in
-                 zip(("ours", "PyTorch float32", "bfloat16"), speeds)]
+        functions = [ops.in_cores([op.ours for op in alone])]
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(B * T, K).to(dtype)
+            w = torch.randn(K, N).to(dtype)
+            functions.append(ops.repeated(lambda x=x, w=w: x @ w))
+        flops = alone[0].flops
+        speeds = rates(functions, [n * flops, B * flops, B * flops], cfg)
+        texts = []
+        for name, speed in zip(("ours", "PyTorch float32", "bfloat16"), speeds):
+            texts.append(f"{name} {speed / 1e9:.0f} ({speed / limits.multiply_add:.0%})")
         print(f"  {f'{shape}, {B * T} x {N} x {K}, GFLOP/s':<44}{', '.join(texts)}")
 
 
@@ -206,26 +275,41 @@ def products_of(sizes: list[str], limits: Limits, cfg: Config) -> None:
 def op_table(shape: str, limits: Limits, cfg: Config) -> None:
     """Each kernel beside its limit and beside PyTorch, at one model's sizes."""
     config, B = tasks.SHAPES[shape]
-    T, n = config.max_seq_len, torch.get_num_threads()
-    print(f"\nops at {shape}: {B} sequences of {T} tokens, {n} cores; us per sequence and core\n"
-          f"{'':<28}{'sizes':<24}{'ours':>9}{'rate':>14}{'limit':>7}{'share':>7}"
+    T = config.max_seq_len
+    n = torch.get_num_threads()
+    print(f"\nops at {shape}: {B} sequences of {T} tokens, {n} cores; us per sequence and core")
+    print(f"{'':<28}{'sizes':<24}{'ours':>9}{'rate':>14}{'limit':>7}{'share':>7}"
           f"{'PyTorch':>10}{'ratio':>7}")
     copies = [ops.all_ops(config, B, T) for _ in range(n)]
     for same in zip(*copies):  # one Op per core, each with numbers of its own
-        op, alone = same[0], same[0].rows == 1
-        ours = ops.in_cores([o.ours for o in same]) if alone else op.ours
-        runs = n if alone else 1  # of the Op per call
-        speed, plain = rates([ours, ops.repeated(op.peer(B))], [runs * op.rows, B], cfg)
+        op = same[0]
+        if op.rows == 1:
+            ours = ops.in_cores([o.ours for o in same])
+            sequences = n  # per call
+        else:
+            ours = op.ours
+            sequences = op.rows
+        speed, plain = rates([ours, ops.repeated(op.peer(B))], [sequences, B], cfg)
         if op.flops:
-            done, unit, limit = op.flops, "GFLOP/s", limits.multiply_add
-        else:  # a plain copy of as many bytes, from where they fit
-            done, unit = op.bytes, "GB/s"
-            limit = next((limits.copy[p] for p, size in PLACES.items() if size >= op.bytes),
-                         limits.copy["memory"])
+            done = op.flops
+            unit = "GFLOP/s"
+            limit = limits.multiply_add
+        else:
+            done = op.bytes
+            unit = "GB/s"
+            limit = copy_limit(op.bytes, limits)
         reached = speed / op.rows * done
         print(f"{op.name:<28}{op.sizes:<24}{1e6 * n / speed:>9.1f}{reached / 1e9:>7.0f} {unit:<7}"
               f"{limit / 1e9:>6.0f}{reached / limit:>7.0%}{1e6 * n / plain:>10.1f}"
               f"{speed / plain:>6.1f}x")
+
+
+def copy_limit(size: float, limits: Limits) -> float:
+    """bytes/s of a plain copy of as many bytes, from the first place where they fit."""
+    for place, room in PLACES.items():
+        if size <= room:
+            return limits.copy[place]
+    return limits.copy["memory"]
 
 
 # ---------------------------------------------------------------------------------------- main
@@ -234,15 +318,18 @@ def op_table(shape: str, limits: Limits, cfg: Config) -> None:
 def busy() -> str:
     """How much else the machine does, in words."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-    return f"load {load:.2f}" + (": BUSY, times mean little" if load > 0.5 else "")
+    warning = ": BUSY, times mean little" if load > 0.5 else ""
+    return f"load {load:.2f}{warning}"
 
 
 def processor() -> str:
     """The processor's name as the system gives it."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def chosen(cfg: Config) -> tuple[list[str], list[str]]:
@@ -250,14 +337,18 @@ def chosen(cfg: Config) -> tuple[list[str], list[str]]:
     stage.check(cfg)
     if cfg.clock == "cpu" and cfg.threads != 1:
         raise ValueError("--clock cpu adds up the time of all threads: give --threads 1 with it")
-    given = []
-    for flag, there in (("parts", PARTS), ("shapes", (*tasks.SHAPES, *M.PRESETS))):
-        names = [name for name in getattr(cfg, flag).split(",") if name]
-        unknown = [name for name in names if name not in there]
-        if unknown or not names:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)}: choose of {', '.join(there)}")
-        given.append(names)
-    return tuple(given)
+    parts = names_in("--parts", cfg.parts, PARTS)
+    shapes = names_in("--shapes", cfg.shapes, (*tasks.SHAPES, *M.PRESETS))
+    return parts, shapes
+
+
+def names_in(flag: str, text: str, there: tuple[str, ...]) -> list[str]:
+    """The names in a flag's text, comma between; ValueError if there is none or one is unknown."""
+    names = [name for name in text.split(",") if name]
+    is_known = all(name in there for name in names)
+    if not names or not is_known:
+        raise ValueError(f"{flag} {text}: choose of {', '.join(there)}")
+    return names
 
 
 def main(cfg: Config) -> None:
@@ -265,27 +356,31 @@ def main(cfg: Config) -> None:
     parts, shapes = chosen(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    wants = set(parts)
     sizes = ["tiny test"] if cfg.quick else [s for s in shapes if s in tasks.SHAPES]
-    print(f"repeat: python {shlex.join(['-m', 'bench', *sys.argv[1:]])}\n{processor()}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{'processor time' if cfg.clock == 'cpu' else busy()}")
+    command = shlex.join(["-m", "bench", *sys.argv[1:]])
+    clock = "processor time" if cfg.clock == "cpu" else busy()
+    print(f"repeat: python {command}")
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {clock}")
     line = kernels.choose("auto")
     print(line)
-    compiled = line.startswith("kernels: C")
-    if not compiled and {"check", "limits", "ops"} & wants:
+    is_compiled = line.startswith("kernels: C")
+    if not is_compiled and {"check", "limits", "ops"} & set(parts):
         print("check, limits and ops are left out: they need the C kernels")
-    wrong = check() if compiled and "check" in parts else 0
+
+    wrong = 0
+    if is_compiled and "check" in parts:
+        wrong = check()
     kernels.choose("auto")  # the check has tried both libraries
     native.return_threads()  # here PyTorch has work to do
-    limits = None
-    if compiled and {"limits", "ops"} & wants:
+
+    if is_compiled and ("limits" in parts or "ops" in parts):
         limits = measure_limits(cfg)
         products_of(sizes, limits, cfg)
-    for shape in sizes:
-        if compiled and "ops" in parts:
-            op_table(shape, limits, cfg)
-    tasks.tables([p for p in parts if p in tasks.TASKS], sizes, shapes, cfg)
+        if "ops" in parts:
+            for shape in sizes:
+                op_table(shape, limits, cfg)
+
+    tasks.tables([part for part in parts if part in tasks.TASKS], sizes, shapes, cfg)
     kernels.choose("torch")
     if wrong:
         print(f"{wrong} kernels are WRONG", file=sys.stderr)

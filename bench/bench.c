@@ -24,7 +24,8 @@ EXPORT int bench_multiply_add(long repeat, float *out) {
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) sum[i][j] = load(out + i * NR + j * VLEN);
 #if PAIR == 1 /* sum = sum / 2 + 1: a plain sum += a b would become an addition */
-    vec half = sum[0][0] * 0 + 0.5f, one = half + half;
+    vec half = sum[0][0] * 0 + 0.5f;
+    vec one = half + half;
 #define STEP(x) (x * half + one)
 #else
     words one = (words)sum[0][0];
@@ -72,40 +73,41 @@ EXPORT int bench_copy(long repeat, long n, const float *from, float *to) {
 EXPORT int bench_product(long repeat, int form, long M, long N, long K, const float *a,
                          const float *b, float *c) {
     Pool pool = {.n = 0};
-    long a_rows = form == 2 ? K : M, a_cols = form == 2 ? M : K;
-    long b_rows = form == 0 ? N : K, b_cols = form == 0 ? K : N;
-    const num *x = factors(a_rows, a_cols, a, &pool), *w = factors(b_rows, b_cols, b, &pool);
+    const num *a_num = form == 2 ? factors(K, M, a, &pool) : factors(M, K, a, &pool);
+    const num *b_num = form == 0 ? factors(N, K, b, &pool) : factors(K, N, b, &pool);
     word *right = (word *)grab(&pool, panels(K, N));
     word *left = (word *)grab(&pool, deep(K) * round_up(M, MR));
+    long panel = deep(K) * NR;
     int failed = pool.failed;
-    if (!failed && form == 0) pack_transposed(K, N, w, even(K), right, deep(K) * NR);
-    if (!failed && form == 1) pack(K, N, w, even(N), right, deep(K) * NR);
+    if (!failed && form == 0) pack_transposed(K, N, b_num, even(K), right, panel);
+    if (!failed && form == 1) pack(K, N, b_num, even(N), right, panel);
     for (long r = 0; r < repeat && !failed; r++) {
         if (form == 2) {
-            pack_left(K, M, x, even(M), left);
-            pack(K, N, w, even(N), right, deep(K) * NR);
+            pack_left(K, M, a_num, even(M), left);
+            pack(K, N, b_num, even(N), right, panel);
         }
-        gemm(M, N, K, form == 2 ? packed_columns(left, K) : rows_of(x, even(K)), right,
-             deep(K) * NR, c, N, NULL, 0);
+        Left rows = form == 2 ? packed_columns(left, K) : rows_of(a_num, even(K));
+        gemm(M, N, K, rows, right, panel, c, N, NULL, 0);
     }
     release(&pool);
     return failed ? -1 : 0;
 }
 
+/* y (T, D) and scale (T) from x (T, D) and the weights w (D). */
 EXPORT int bench_rmsnorm(long repeat, long T, long D, const float *x, const float *w, float eps,
                          float *y, float *scale) {
     for (long r = 0; r < repeat; r++) rmsnorm(T, D, x, w, eps, y, scale);
     return 0;
 }
 
-/* dx and dw are added to. */
+/* dx (T, D) and dw (D) from dy (T, D), with the scale of the forward pass; they are added to. */
 EXPORT int bench_rmsnorm_backward(long repeat, long T, long D, const float *x, const float *w,
                                   const float *scale, const float *dy, float *dx, float *dw) {
     for (long r = 0; r < repeat; r++) rmsnorm_backward(T, D, x, w, scale, dy, dx, dw);
     return 0;
 }
 
-/* qkv (T, D + 2 KV hd) is turned in place: `repeat` times as far. */
+/* qkv (T, E) is turned in place: `repeat` times as far. cos, sin (T, hd / 2). */
 EXPORT int bench_rope(long repeat, const Shape *s, long T, float *qkv, const float *cos,
                       const float *sin, float direction) {
     for (long r = 0; r < repeat; r++) rope(s, T, qkv, cos, sin, direction);
@@ -115,12 +117,12 @@ EXPORT int bench_rope(long repeat, const Shape *s, long T, float *qkv, const flo
 /* a (T, F) from gu (T, 2F). */
 EXPORT int bench_swiglu(long repeat, long T, long F, const float *gu, float *a) {
     Pool pool = {.n = 0};
-    const num *x = factors(T, 2 * F, gu, &pool);
-    num *y = (num *)grab(&pool, T * even(F));
+    const num *gu_num = factors(T, 2 * F, gu, &pool);
+    num *a_num = (num *)grab(&pool, T * even(F));
     int failed = pool.failed;
-    for (long r = 0; r < repeat && !failed; r++) swiglu(T, F, x, y);
+    for (long r = 0; r < repeat && !failed; r++) swiglu(T, F, gu_num, a_num);
     for (long t = 0; t < T && !failed; t++)
-        for (long i = 0; i < F; i++) a[t * F + i] = widen(y[t * even(F) + i]);
+        for (long i = 0; i < F; i++) a[t * F + i] = widen(a_num[t * even(F) + i]);
     release(&pool);
     return failed ? -1 : 0;
 }
@@ -130,17 +132,18 @@ EXPORT int bench_swiglu(long repeat, long T, long F, const float *gu, float *a) 
 EXPORT int bench_swiglu_backward(long repeat, long T, long F, const float *gu, const float *da,
                                  float *a, float *dgu) {
     Pool pool = {.n = 0};
-    num *x = (num *)grab(&pool, T * 2 * F), *y = (num *)grab(&pool, T * even(F));
+    num *gu_num = (num *)grab(&pool, T * 2 * F);   /* dgu afterwards */
+    num *da_num = (num *)grab(&pool, T * even(F)); /* a afterwards */
     int failed = pool.failed;
     for (long r = 0; r < repeat && !failed; r++) {
         if (r == 0) {
-            narrow(T, 2 * F, gu, 2 * F, x, 2 * F);
-            narrow(T, F, da, F, y, even(F));
+            narrow(T, 2 * F, gu, 2 * F, gu_num, 2 * F);
+            narrow(T, F, da, F, da_num, even(F));
         }
-        swiglu_backward(T, F, x, y);
+        swiglu_backward(T, F, gu_num, da_num);
         for (long t = 0; t < T && r == 0; t++) {
-            for (long i = 0; i < F; i++) a[t * F + i] = widen(y[t * even(F) + i]);
-            for (long i = 0; i < 2 * F; i++) dgu[t * 2 * F + i] = widen(x[t * 2 * F + i]);
+            for (long i = 0; i < F; i++) a[t * F + i] = widen(da_num[t * even(F) + i]);
+            for (long i = 0; i < 2 * F; i++) dgu[t * 2 * F + i] = widen(gu_num[t * 2 * F + i]);
         }
     }
     release(&pool);
@@ -152,15 +155,15 @@ EXPORT int bench_attention(long repeat, const Shape *s, long T, const float *qkv
                            float *log_sum) {
     Pool pool = {.n = 0};
     long size = T * s->dim;
-    Forward f = forward_buffers(s, T, &pool);
-    const num *x = factors(T, qkv_dim(s), qkv, &pool);
-    num *y = PAIR == 1 ? (num *)out : (num *)grab(&pool, size);
+    Forward buffers = forward_buffers(s, T, &pool);
+    const num *qkv_num = factors(T, qkv_dim(s), qkv, &pool);
+    num *out_num = PAIR == 1 ? (num *)out : (num *)grab(&pool, size);
     int failed = pool.failed;
     for (long r = 0; r < repeat && !failed; r++) {
-        fill_keys(s, T, x, &f.keys);
-        attention(s, T, x, &f.keys, NULL, y, log_sum, f.z);
+        fill_keys(s, T, qkv_num, &buffers.keys);
+        attention(s, T, qkv_num, &buffers.keys, NULL, out_num, log_sum, buffers.z);
     }
-    for (long i = 0; i < size && !failed && PAIR > 1; i++) out[i] = widen(y[i]);
+    for (long i = 0; i < size && !failed && PAIR > 1; i++) out[i] = widen(out_num[i]);
     release(&pool);
     return failed ? -1 : 0;
 }
@@ -170,13 +173,15 @@ EXPORT int bench_attention_backward(long repeat, const Shape *s, long T, const f
                                     const float *out, const float *log_sum, const float *d_out,
                                     float *dqkv) {
     Pool pool = {.n = 0};
-    Backward w = backward_buffers(s, T, &pool);
-    const num *x = factors(T, qkv_dim(s), qkv, &pool), *y = factors(T, s->dim, out, &pool);
-    const num *dy = factors(T, s->dim, d_out, &pool);
+    Backward buffers = backward_buffers(s, T, &pool);
+    const num *qkv_num = factors(T, qkv_dim(s), qkv, &pool);
+    const num *out_num = factors(T, s->dim, out, &pool);
+    const num *d_out_num = factors(T, s->dim, d_out, &pool);
     int failed = pool.failed;
     for (long r = 0; r < repeat && !failed; r++) {
-        fill_keys(s, T, x, &w.keys);
-        attention_backward(s, T, x, &w.keys, NULL, y, log_sum, dy, dqkv, w.scratch);
+        fill_keys(s, T, qkv_num, &buffers.keys);
+        attention_backward(s, T, qkv_num, &buffers.keys, NULL, out_num, log_sum, d_out_num, dqkv,
+                           buffers.scratch);
     }
     release(&pool);
     return failed ? -1 : 0;

@@ -1,9 +1,12 @@
 """The contestants: ours in C, ours in plain PyTorch, and the libraries that people use instead.
 
-Each is a function(tick, job) that works for ever (referee.py). Peers are imported in their own
-processes only. Fairness: the same shapes, batches and optimizer (fused AdamW, gradient clipping),
-random tokens, no padding, all cores for everyone; set-up, compilation and a first round are not
-counted. This file drives the stages as a user would, so like a test it stands above them.
+Each is a function(tick, job) that sets itself up, then works for ever and calls `tick(amount)`
+after each piece of work (referee.py); tasks.py says who meets whom. Peers are imported in their
+own processes only, and so are the stages.
+
+Fairness: the same shapes, batches and optimizer (fused AdamW, gradient clipping), random tokens,
+no padding, all cores for everyone; set-up, compilation and a first round are not counted. This
+file drives the stages as a user would, so like a test it stands above them.
 """
 
 from __future__ import annotations
@@ -19,8 +22,6 @@ import kernels, model as M
 from bench import ops
 from bench.referee import Job
 
-# ------------------------------------------------------------------------------------ our stages
-
 
 def random_tokens(job: Job, *shape: int) -> torch.Tensor:
     """int64 tokens >= 2: 0 and 1 are the peers' padding and end."""
@@ -28,25 +29,31 @@ def random_tokens(job: Job, *shape: int) -> torch.Tensor:
     return torch.randint(2, job.config.vocab_size, shape, generator=rng)
 
 
-def our_model(job: Job, scalar_head: bool = False) -> M.Llama:
-    kernels.choose(job.path, products=job.products)
-    return M.Llama(replace(job.config, scalar_head=scalar_head)).init_weights(0)
-
+# ------------------------------------------------------------------------------------ our stages
 
 FOREVER = 10**9  # steps, iterations: the referee stops a contestant
+
+
+def our_model(job: Job, scalar_head: bool = False) -> M.Llama:
+    """On the path that the job names, the same weights every time."""
+    kernels.choose(job.path, products=job.products)
+    config = replace(job.config, scalar_head=scalar_head)
+    return M.Llama(config).init_weights(0)
 
 
 def train_ours(tick, job: Job) -> None:
     """Steps of pretrain.py."""
     import pretrain, scale, stage
 
-    model, T = our_model(job), job.config.max_seq_len
+    model = our_model(job)
     optimizer = stage.adamw(model, 1e-4, 0.1)
+    T = job.config.max_seq_len
     pieces = 4 if job.mode == "quarters" else 1  # whose gradients add up: less memory, same step
     cfg = pretrain.Config(batch_size=job.rows, micro_batch=max(job.rows // pieces, 1), seq_len=T,
                           lr=1e-4)
     stream = random_tokens(job, job.rows * T + 1).numpy()
-    for _ in pretrain.train(model, optimizer, stream, cfg, scale.ranks_of(model), FOREVER):
+    ranks = scale.ranks_of(model)
+    for _ in pretrain.train(model, optimizer, stream, cfg, ranks, total=FOREVER):
         tick(job.rows * T)
 
 
@@ -54,14 +61,17 @@ def sft_ours(tick, job: Job) -> None:
     """Steps of sft.py: half of each row carries loss."""
     import scale, sft, stage
 
-    model, T = our_model(job), job.config.max_seq_len
+    model = our_model(job)
     optimizer = stage.adamw(model, 1e-4, 0.1)
+    T = job.config.max_seq_len
     cfg = sft.Config(batch_size=job.rows, micro_batch=job.rows, lr=1e-4)
     tokens = random_tokens(job, job.rows, T + 1)
-    mask = (torch.arange(T + 1) > T // 2).long().expand(job.rows, T + 1)
-    rows = (tokens, mask, torch.zeros_like(tokens))  # one step's
+    loss_mask = (torch.arange(T + 1) > T // 2).long().expand(job.rows, T + 1)
+    segments = torch.zeros_like(tokens)
+    ranks = scale.ranks_of(model)
     while True:
-        for _ in sft.train(model, optimizer, rows, cfg, scale.ranks_of(model)):
+        one_step = sft.train(model, optimizer, (tokens, loss_mask, segments), cfg, ranks)
+        for _ in one_step:
             tick(job.rows * T)
 
 
@@ -69,13 +79,18 @@ def reward_ours(tick, job: Job) -> None:
     """Steps of reward.py: pairs of two dialogues of half the context."""
     import reward, scale, stage
 
-    model, count = our_model(job, scalar_head=True), job.rows // 2
+    model = our_model(job, scalar_head=True)
     optimizer = stage.adamw(model, 1e-4, 0.1)
+    count = job.rows // 2
     cfg = reward.Config(batch_size=count, micro_batch=count, lr=1e-4)
     rows = random_tokens(job, 2 * count, job.config.max_seq_len // 2).tolist()
-    pairs = [reward.Pair(a, b, 1, 0.0, (-1, -1), None, {}) for a, b in zip(rows[::2], rows[1::2])]
+    pairs = []
+    for chosen, rejected in zip(rows[::2], rows[1::2]):
+        pairs.append(reward.Pair(chosen, rejected, 1, 0.0, (-1, -1), None, {}))
+    ranks = scale.ranks_of(model)
     while True:
-        for _ in reward.train(model, optimizer, pairs, 0.0, cfg, scale.ranks_of(model)):
+        one_step = reward.train(model, optimizer, pairs, 0.0, cfg, ranks)
+        for _ in one_step:
             tick(count)
 
 
@@ -85,23 +100,30 @@ def ppo_ours(tick, job: Job) -> None:
 
     cfg = ppo.Config(batch_size=job.rows, minibatch=max(job.rows // 4, 1), lr=1e-6, beta=0.05,
                      max_new_tokens=job.new, iterations=FOREVER)
-    policy, ref = our_model(job), our_model(job)
-    critic, reward_model = our_model(job, scalar_head=True), our_model(job, scalar_head=True)
+    policy = our_model(job)
+    ref = our_model(job)
+    critic = our_model(job, scalar_head=True)
+    reward_model = our_model(job, scalar_head=True)
     optimizers = [stage.adamw(model, cfg.lr, 0.1) for model in (policy, critic)]
-    question = {"messages": [{"role": "user", "content": "?"}], "is_safety": False}
+
+    def draw_rows(iteration: int) -> list[dict]:
+        row = {"messages": [{"role": "user", "content": "?"}], "is_safety": False}
+        return [row] * job.rows  # `OnePrompt` gives them their length
 
     def score(rows, answers) -> rollouts.Scores:
-        whole = [p + r for p, r in zip(answers.prompts, answers.responses)]
-        one = rollouts.scores(reward_model, whole)
-        return rollouts.Scores(one, one, one, torch.zeros(len(one)).bool())
+        dialogues = []
+        for prompt, response in zip(answers.prompts, answers.responses):
+            dialogues.append(prompt + response)
+        scores = rollouts.scores(reward_model, dialogues)
+        nowhere = torch.zeros(len(scores)).bool()
+        return rollouts.Scores(helpful=scores, safety=scores, combined=scores, gate=nowhere)
 
-    for _ in ppo.train(policy, ref, critic, optimizers, lambda iteration: [question] * job.rows,
-                       score, Numbers(job), cfg):
+    for _ in ppo.train(policy, ref, critic, optimizers, draw_rows, score, OnePrompt(job), cfg):
         tick(1)
 
 
-class Numbers:
-    """A tokenizer whose every prompt is as long as the job says; no answer ends by itself."""
+class OnePrompt:
+    """A tokenizer whose every prompt is as long as the job says; no response ends by itself."""
 
     eos_id = -1
 
@@ -116,31 +138,35 @@ class Numbers:
 
 
 def rollout_ours(tick, job: Job) -> None:
-    """Answers to a batch of prompts, with their log-probabilities."""
-    model, prompts = our_model(job), random_tokens(job, job.rows, job.prompt).tolist()
+    """Responses to a batch of prompts, with their log-probabilities."""
+    model = our_model(job)
+    prompts = random_tokens(job, job.rows, job.prompt).tolist()
     while True:
         kernels.rollout(model, prompts, job.new)
         tick(job.rows * job.new)
 
 
 def decode_ours(tick, job: Job) -> None:
-    """One greedy answer after another, by what chat.py speaks with; every prompt is a new one."""
+    """One greedy response after another, by what chat.py speaks with; every prompt is new."""
     from kernels.decode import Decoder
 
     source = model_source(job)
-    decoder = Decoder(source.config, {n: w.read for n, w in source.weights.items()}, job.dtype)
-    prompt, answers = random_tokens(job, job.prompt).tolist(), 0
+    weights = {name: weight.read for name, weight in source.weights.items()}
+    decoder = Decoder(source.config, weights, job.dtype)
+    prompt = random_tokens(job, job.prompt).tolist()
+    spoken = 0
     while True:
-        prompt[0] = 2 + answers % (job.config.vocab_size - 2)  # nothing of it is in the cache
+        prompt[0] = 2 + spoken % (job.config.vocab_size - 2)  # nothing of it is in the cache
         for _ in decoder.stream(prompt, job.new, temperature=0.0):
             pass
-        answers += 1
+        spoken += 1
         tick(job.new)
 
 
 def decode_plain(tick, job: Job) -> None:
     """The same by model.stream."""
-    model, prompt = our_model(job), random_tokens(job, job.prompt).tolist()
+    model = our_model(job)
+    prompt = random_tokens(job, job.prompt).tolist()
     while True:
         for _ in M.stream(model, prompt, job.new, temperature=0.0):
             pass
@@ -150,56 +176,66 @@ def decode_plain(tick, job: Job) -> None:
 # ------------------------------------------------------------------------------------ the limits
 
 
-def flops_per_token(c: M.ModelConfig) -> int:
+def flops_per_token(config: M.ModelConfig) -> int:
     """Of a training step: 6 per weight that multiplies, and attention's causal half."""
-    multiplying = M.count_parameters(c) - c.vocab_size * c.dim - (2 * c.n_layers + 1) * c.dim
-    return 6 * multiplying + 6 * c.n_layers * c.dim * c.max_seq_len
+    embeddings = config.vocab_size * config.dim  # are looked up
+    norms = (2 * config.n_layers + 1) * config.dim
+    multiplying = M.count_parameters(config) - embeddings - norms
+    return 6 * multiplying + 6 * config.n_layers * config.dim * config.max_seq_len
 
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 34 / 32, "int4": 18 / 32}  # per weight, steps included
 
 
-def bytes_per_token(c: M.ModelConfig, dtype: str) -> float:
+def bytes_per_token(config: M.ModelConfig, dtype: str) -> float:
     """The weights that decoding reads for a token: all but the embeddings, of which it needs a row.
 
     int4 has its output matrix in int8.
     """
-    head = c.vocab_size * c.dim
-    blocks = M.count_parameters(c) - 2 * head
-    return blocks * BYTES[dtype] + head * BYTES["int8" if dtype == "int4" else dtype]
+    head = config.vocab_size * config.dim
+    blocks = M.count_parameters(config) - 2 * head
+    head_dtype = "int8" if dtype == "int4" else dtype
+    return blocks * BYTES[dtype] + head * BYTES[head_dtype]
 
 
 def product_alone(tick, job: Job) -> None:
     """Nothing but matrix products, as many as the arithmetic of a training step: its limit."""
-    per_token = flops_per_token(job.config)
     if job.path == "c":
         kernels.choose("c", products=job.products)
-        alone = [ops.product("", 0, 240, 384, 384, torch.Generator()) for _ in range(job.threads)]
-        one, flops = ops.in_cores([op.ours for op in alone]), job.threads * alone[0].flops
+        alone = []  # one per core
+        for _ in range(job.threads):
+            alone.append(ops.product("", 0, 240, 384, 384, torch.Generator()))
+        multiply = ops.in_cores([op.ours for op in alone])
+        flops = job.threads * alone[0].flops
     else:
         x = torch.randn(1024, 1024).bfloat16()
-        one, flops = ops.repeated(lambda: x @ x), 2 * 1024**3
+        multiply = ops.repeated(lambda: x @ x)
+        flops = 2 * 1024**3
+    tokens = 16 * flops / flops_per_token(job.config)  # whose steps cost as much
     while True:
-        one(16)
-        tick(16 * flops / per_token)
+        multiply(16)
+        tick(tokens)
 
 
 def reading_alone(tick, job: Job) -> None:
     """Nothing but reading as many bytes as the weights of a token have: the limit of decoding."""
     from kernels.decode import memory
 
-    each = round_up(bytes_per_token(job.config, job.dtype) / 4 / job.threads, 1024)  # numbers
-    parts = [memory(4 * each).view(torch.float32).fill_(1) for _ in range(job.threads)]
-    sums = [torch.zeros(1024) for _ in parts]
-    read = ops.in_cores([lambda repeat, p=p, s=s: ops.call("bench_read", repeat, each, p, s)
-                         for p, s in zip(parts, sums)])
+    numbers = bytes_per_token(job.config, job.dtype) / 4  # of float32, in as many bytes
+    each = round_up(numbers / job.threads, 1024)
+    readers = []
+    for _ in range(job.threads):
+        part = memory(4 * each).view(torch.float32).fill_(1)
+        sums = torch.zeros(1024)
+        readers.append(ops.runner("bench_read", each, part, sums))
+    read = ops.in_cores(readers)
     while True:
         read(job.new)
         tick(job.new)
 
 
-def round_up(n: float, to: int) -> int:
-    return -int(-n // to) * to
+def round_up(n: float, multiple: int) -> int:
+    return -int(-n // multiple) * multiple
 
 
 # ---------------------------------------------------------------------------------- transformers
@@ -256,42 +292,53 @@ def generate_transformers(tick, job: Job) -> None:
     if job.dtype == "bf16":
         model = model.bfloat16()
     x = random_tokens(job, job.rows, job.prompt)
-    options = dict(max_new_tokens=job.new, min_new_tokens=job.new,
-                   attention_mask=torch.ones_like(x), do_sample=job.rows > 1)
-    if job.rows > 1:
-        options |= dict(temperature=1.0, top_k=0)
+    is_batch = job.rows > 1
+    options = {"max_new_tokens": job.new,
+               "min_new_tokens": job.new,
+               "attention_mask": torch.ones_like(x),
+               "do_sample": is_batch}
+    if is_batch:
+        options["temperature"] = 1.0
+        options["top_k"] = 0
     if job.mode == "static":
         options["cache_implementation"] = "static"
     while True:
         with torch.inference_mode():
-            answers = model.generate(x, **options)
-        assert answers.shape == (job.rows, job.prompt + job.new), answers.shape
+            rows = model.generate(x, **options)
+        assert rows.shape == (job.rows, job.prompt + job.new), rows.shape
         tick(job.rows * job.new)
 
 
 # ------------------------------------------------------------------------------------------- trl
 
 
-def trl_parts(tick, job: Job):
-    """(options of all its trainers, a tokenizer of numbers, a callback that ticks)."""
+def trl_options(job: Job) -> dict:
+    """Options of all its trainers."""
+    return {"output_dir": f"{job.folder}/trl", "use_cpu": True, "report_to": [],
+            "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+            "gradient_checkpointing": False, "bf16": job.dtype == "bf16",
+            "learning_rate": 1e-4, "weight_decay": 0.1}
+
+
+def trl_tokenizer(job: Job):
+    """A tokenizer of numbers."""
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import PreTrainedTokenizerFast
 
     words = {f"t{i}": i for i in range(job.config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "t0")),
-                                        pad_token="t0", eos_token="t1", bos_token="t1")
-    options = dict(output_dir=f"{job.folder}/trl", use_cpu=True, report_to=[], save_strategy="no",
-                   logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-                   bf16=job.dtype == "bf16", learning_rate=1e-4, weight_decay=0.1)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "t0")),
+                                   pad_token="t0", eos_token="t1", bos_token="t1")
+
+
+def trl_callback(tick, amount: float):
+    """Ticks after each step."""
+    from transformers import TrainerCallback
 
     class Tick(TrainerCallback):
-        def __init__(self, amount):
-            self.amount = amount
-
         def on_step_end(self, args, state, control, **more):
-            tick(self.amount)
+            tick(amount)
 
-    return options, tokenizer, Tick
+    return Tick()
 
 
 def sft_trl(tick, job: Job) -> None:
@@ -299,16 +346,16 @@ def sft_trl(tick, job: Job) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    options, tokenizer, Tick = trl_parts(tick, job)
     T = job.config.max_seq_len
     rows = random_tokens(job, 16 * job.rows, T).tolist()
     mask = [int(t > T // 2) for t in range(T)]
-    SFTTrainer(hf_model(job), SFTConfig(per_device_train_batch_size=job.rows, max_steps=10**6,
-                                        max_length=T, completion_only_loss=True,
-                                        loss_type=job.mode or None, **options),
-               train_dataset=Dataset.from_list([{"input_ids": r, "completion_mask": mask}
-                                                for r in rows]),
-               processing_class=tokenizer, callbacks=[Tick(job.rows * T)]).train()
+    dataset = Dataset.from_list([{"input_ids": row, "completion_mask": mask} for row in rows])
+    config = SFTConfig(per_device_train_batch_size=job.rows, max_steps=10**6, max_length=T,
+                       completion_only_loss=True, loss_type=job.mode or None, **trl_options(job))
+    trainer = SFTTrainer(hf_model(job), config, train_dataset=dataset,
+                         processing_class=trl_tokenizer(job),
+                         callbacks=[trl_callback(tick, job.rows * T)])
+    trainer.train()
 
 
 def reward_trl(tick, job: Job) -> None:
@@ -316,15 +363,19 @@ def reward_trl(tick, job: Job) -> None:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    options, tokenizer, Tick = trl_parts(tick, job)
-    T, count = job.config.max_seq_len // 2, job.rows // 2
+    T = job.config.max_seq_len // 2
+    count = job.rows // 2
     rows = random_tokens(job, 32 * count, T).tolist()
-    RewardTrainer(hf_model(job, scalar_head=True),
-                  RewardConfig(per_device_train_batch_size=count, max_steps=10**6, max_length=T,
-                               **options),
-                  train_dataset=Dataset.from_list([{"chosen_ids": a, "rejected_ids": b} for a, b in
-                                                   zip(rows[::2], rows[1::2])]),
-                  processing_class=tokenizer, callbacks=[Tick(count)]).train()
+    pairs = []
+    for chosen, rejected in zip(rows[::2], rows[1::2]):
+        pairs.append({"chosen_ids": chosen, "rejected_ids": rejected})
+    config = RewardConfig(per_device_train_batch_size=count, max_steps=10**6, max_length=T,
+                          **trl_options(job))
+    trainer = RewardTrainer(hf_model(job, scalar_head=True), config,
+                            train_dataset=Dataset.from_list(pairs),
+                            processing_class=trl_tokenizer(job),
+                            callbacks=[trl_callback(tick, count)])
+    trainer.train()
 
 
 def ppo_trl(tick, job: Job) -> None:
@@ -332,16 +383,21 @@ def ppo_trl(tick, job: Job) -> None:
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    options, tokenizer, Tick = trl_parts(tick, job)
+    options = trl_options(job)
+    options["learning_rate"] = 1e-6
     config = PPOConfig(per_device_train_batch_size=job.rows, num_mini_batches=min(4, job.rows),
                        num_ppo_epochs=1, local_rollout_forward_batch_size=job.rows,
-                       response_length=job.new,
-                       total_episodes=10**6, num_sample_generations=0, temperature=1.0,
-                       **options | dict(learning_rate=1e-6))
+                       response_length=job.new, total_episodes=10**6, num_sample_generations=0,
+                       temperature=1.0, **options)
     prompts = random_tokens(job, 16 * job.rows, job.prompt).tolist()
-    PPOTrainer(config, tokenizer, hf_model(job), hf_model(job), hf_model(job, scalar_head=True),
-               Dataset.from_list([{"input_ids": p} for p in prompts]),
-               hf_model(job, scalar_head=True), callbacks=[Tick(1)]).train()
+    dataset = Dataset.from_list([{"input_ids": prompt} for prompt in prompts])
+    policy = hf_model(job)
+    ref = hf_model(job)
+    reward_model = hf_model(job, scalar_head=True)
+    critic = hf_model(job, scalar_head=True)
+    trainer = PPOTrainer(config, trl_tokenizer(job), policy, ref, reward_model, dataset, critic,
+                         callbacks=[trl_callback(tick, 1)])
+    trainer.train()
 
 
 # ------------------------------------------------------------------------------- llama-cpp-python
@@ -361,14 +417,27 @@ def random_source(config: M.ModelConfig):
     def draw(shape):
         return torch.randn(shape) * 0.02 if len(shape) > 1 else torch.ones(shape)
 
-    weights = {name: convert.Lazy(shape, torch.float32, functools.partial(draw, shape))
-               for name, shape in convert.shapes(config).items()}
+    weights = {}
+    for name, shape in convert.shapes(config).items():
+        weights[name] = convert.Lazy(shape, torch.float32, functools.partial(draw, shape))
+    return convert.Source("random weights", config, weights, random_pieces(config))
+
+
+def random_pieces(config: M.ModelConfig) -> SimpleNamespace:
+    """A vocabulary as SentencePiece's: unknown, begin and end, 256 bytes, then words."""
     kinds = ["unknown", "control", "control"] + ["byte"] * 256
-    pieces = SimpleNamespace(
-        vocab_size=config.vocab_size, bos_id=1, eos_id=2, unk_id=0, score=lambda i: -float(i),
-        piece=lambda i: f"<0x{i - 3:02X}>" if 3 <= i < 259 else f"<{i}>",
-        kind=lambda i: kinds[i] if i < 259 else "normal")
-    return convert.Source("random weights", config, weights, pieces)
+
+    def piece(i: int) -> str:
+        return f"<0x{i - 3:02X}>" if 3 <= i < 259 else f"<{i}>"
+
+    def kind(i: int) -> str:
+        return kinds[i] if i < 259 else "normal"
+
+    def score(i: int) -> float:
+        return -float(i)
+
+    return SimpleNamespace(vocab_size=config.vocab_size, bos_id=1, eos_id=2, unk_id=0, score=score,
+                           piece=piece, kind=kind)
 
 
 def decode_llama_cpp(tick, job: Job) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes, itertools, os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -44,23 +44,36 @@ class Op:
     bytes: float = 0  # read and written per run, where moving numbers is
     rows: int = 1  # sequences per run of `ours`
 
+    @property
+    def is_part(self) -> bool:
+        """Whether it is an indented line of the table: a pass of the kernel above."""
+        return self.name.startswith("  ")
+
+
+# ------------------------------------------------------------------------------------- calling C
+
 
 def library() -> ctypes.CDLL:
     """The kernels in use and bench.c, compiled together, with bench.c's functions ready to call."""
     products = native.library().products().decode()
     lib = build.load_library(products, SOURCES)
     for name, letters in SIGNATURES.items():
-        getattr(lib, name).argtypes = [build.TYPES[c] for c in letters]
+        getattr(lib, name).argtypes = [build.TYPES[letter] for letter in letters]
     return lib
 
 
 def call(name: str, *arguments) -> int:
     """A function of bench.c; tensors are passed by address. MemoryError if it reports one."""
-    code = getattr(library(), name)(*(a.data_ptr() if isinstance(a, Tensor) else a
-                                      for a in arguments))
+    function = getattr(library(), name)
+    code = function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
     if code < 0:
         raise MemoryError(f"{name}: not enough memory")
     return code
+
+
+def runner(name: str, *arguments):
+    """A function of bench.c with all but its first argument, as function(repeat)."""
+    return lambda repeat: call(name, repeat, *arguments)
 
 
 def repeated(function):
@@ -72,17 +85,25 @@ def in_cores(functions: list):
     """Each function(repeat) in a thread and a core of its own, at once; C leaves Python's lock."""
     there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = itertools.cycle(there)
-    pool = ThreadPoolExecutor(len(functions), initializer=lambda: there and os.sched_setaffinity(
-        0, {next(cores)}))  # of the thread that calls it
-    return lambda repeat: list(pool.map(lambda f: f(repeat), functions))
+
+    def take_core():
+        if there:
+            os.sched_setaffinity(0, {next(cores)})  # 0: the thread that calls it
+
+    pool = ThreadPoolExecutor(len(functions), initializer=take_core)
+    return lambda repeat: list(pool.map(lambda function: function(repeat), functions))
+
+
+# ------------------------------------------------------------------------- twins and gradients
 
 
 def normal(rng: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=rng)
 
 
-def gradients(outputs: Tensor, inputs: list[Tensor], g: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(outputs, inputs, g, retain_graph=True))
+def gradients(outputs: Tensor, inputs: list[Tensor], g: Tensor, keep: bool = False) -> list[Tensor]:
+    """Of the inputs, for the gradient g of the outputs. keep: the graph, for another time."""
+    return list(torch.autograd.grad(outputs, inputs, g, retain_graph=keep))
 
 
 def doubles(*tensors: Tensor) -> list[Tensor]:
@@ -90,9 +111,9 @@ def doubles(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
-def batch(rows: int, *tensors: Tensor) -> list[Tensor]:
-    """`rows` copies of each tensor, one after another, that require gradients."""
-    return [t.detach().expand(rows, *t.shape).clone().requires_grad_() for t in tensors]
+def batch(rows: int, tensor: Tensor) -> Tensor:
+    """`rows` copies of a tensor, one after another, that require gradients."""
+    return tensor.detach().expand(rows, *tensor.shape).clone().requires_grad_()
 
 
 def forward_only(function, *inputs: Tensor) -> Callable[[], object]:
@@ -106,21 +127,28 @@ def forward_only(function, *inputs: Tensor) -> Callable[[], object]:
 def backward_only(function, inputs: list[Tensor], g: Tensor) -> Callable[[], object]:
     """The peer's backward pass alone: the forward pass is done here, once."""
     outputs = function(*inputs)
-    return lambda: gradients(outputs, inputs, g)
+    return lambda: gradients(outputs, inputs, g, keep=True)
 
 
 # ------------------------------------------------------------------------ one sequence, one core
 
 
-def products(c: M.ModelConfig, T: int, rng) -> list[Op]:
+def qkv_width(config: M.ModelConfig) -> int:
+    """E: queries, keys and values side by side."""
+    return config.dim + 2 * config.n_kv_heads * config.head_dim
+
+
+def products(config: M.ModelConfig, T: int, rng) -> list[Op]:
     """y = x w^T for the four matrices of a block, and both gradients for the last, the largest."""
-    E = c.dim + 2 * c.n_kv_heads * c.head_dim
-    out, into = 2 * c.hidden_dim, c.dim  # of gate and up side by side
-    shapes = {"q k v": (E, c.dim), "wo": (c.dim, c.dim), "down": (c.dim, c.hidden_dim),
-              "gate up": (out, into)}
-    return [*(product(f"product {name}", 0, T, *shape, rng) for name, shape in shapes.items()),
-            product("  gradient of x", 1, T, into, out, rng),
-            product("  gradient of w", 2, out, into, T, rng)]
+    D = config.dim
+    E = qkv_width(config)
+    gate_up = 2 * config.hidden_dim  # both side by side
+    return [product("product q k v", 0, T, E, D, rng),
+            product("product wo", 0, T, D, D, rng),
+            product("product down", 0, T, D, config.hidden_dim, rng),
+            product("product gate up", 0, T, gate_up, D, rng),
+            product("  gradient of x", 1, T, D, gate_up, rng),
+            product("  gradient of w", 2, gate_up, D, T, rng)]
 
 
 def product(name: str, form: int, rows: int, columns: int, depth: int, rng) -> Op:
@@ -134,22 +162,35 @@ def product(name: str, form: int, rows: int, columns: int, depth: int, rng) -> O
         return [out]
 
     def apply(a, b):
-        return a @ b.t() if form == 0 else a.t() @ b if form == 2 else a @ b
+        if form == 0:
+            return a @ b.t()
+        if form == 1:
+            return a @ b
+        return a.t() @ b
+
+    def exact():
+        return [apply(a.double(), b.double())]
 
     def peer(B):  # PyTorch multiplies all sequences at once
         if form == 2:
             return forward_only(apply, a.repeat(B, 1), b.repeat(B, 1))
         return forward_only(apply, a.repeat(B, 1), b)
 
-    return Op(name, f"{rows} x {columns} x {depth}", ours,
-              lambda: [apply(a.double(), b.double())], peer, flops=2 * rows * columns * depth)
+    return Op(name, f"{rows} x {columns} x {depth}", ours, exact, peer,
+              flops=2 * rows * columns * depth)
 
 
-def norms(c: M.ModelConfig, T: int, rng) -> list[Op]:
+def norms(config: M.ModelConfig, T: int, rng) -> list[Op]:
     """RMSNorm and its gradients."""
-    D, eps = c.dim, c.norm_eps
-    x, w, dy = normal(rng, T, D), normal(rng, D), normal(rng, T, D)
-    y, scale, dx, dw = torch.empty(T, D), torch.empty(T), torch.zeros(T, D), torch.zeros(D)
+    D = config.dim
+    eps = config.norm_eps
+    x = normal(rng, T, D)
+    w = normal(rng, D)
+    dy = normal(rng, T, D)
+    y = torch.empty(T, D)
+    scale = torch.empty(T)
+    dx = torch.zeros(T, D)
+    dw = torch.zeros(D)
 
     def apply(x, w):
         return F.rms_norm(x, (D,), w, eps)
@@ -158,9 +199,16 @@ def norms(c: M.ModelConfig, T: int, rng) -> list[Op]:
         call("bench_rmsnorm", repeat, T, D, x, w, eps, y, scale)
         return [y]
 
+    def exact():
+        return [apply(x.double(), w.double())]
+
+    def peer(B):
+        return forward_only(apply, x.repeat(B, 1, 1), w)
+
     def backward(repeat):
         call("bench_rmsnorm", 1, T, D, x, w, eps, y, scale)
-        dx.zero_(), dw.zero_()
+        dx.zero_()
+        dw.zero_()
         call("bench_rmsnorm_backward", repeat, T, D, x, w, scale, dy, dx, dw)
         return [dx, dw]
 
@@ -169,46 +217,50 @@ def norms(c: M.ModelConfig, T: int, rng) -> list[Op]:
         return gradients(apply(x64, w64), [x64, w64], dy.double())
 
     def peer_backward(B):
-        many, = batch(B, x)
-        return backward_only(apply, [many, w.clone().requires_grad_()], dy.expand(B, T, D))
+        inputs = [batch(B, x), w.clone().requires_grad_()]
+        return backward_only(apply, inputs, dy.expand(B, T, D))
 
-    return [Op("rmsnorm", f"{T} x {D}", forward, lambda: [apply(x.double(), w.double())],
-               lambda B: forward_only(apply, x.repeat(B, 1, 1), w), bytes=8 * T * D),
-            Op("  backward", f"{T} x {D}", backward, exact_backward, peer_backward,
-               bytes=16 * T * D)]
+    sizes = f"{T} x {D}"
+    return [Op("rmsnorm", sizes, forward, exact, peer, bytes=8 * T * D),
+            Op("  backward", sizes, backward, exact_backward, peer_backward, bytes=16 * T * D)]
 
 
-def ropes(c: M.ModelConfig, T: int, rng) -> list[Op]:
+def ropes(config: M.ModelConfig, T: int, rng) -> list[Op]:
     """The rotation of queries and keys; backward is the same with the opposite angle."""
-    heads = c.n_heads + c.n_kv_heads
-    E = c.dim + 2 * c.n_kv_heads * c.head_dim
-    qkv, shape = normal(rng, T, E), native._shape(c)
-    exact_table = M.rope_table(c.head_dim, T, c.rope_theta)
-    cos, sin = (t.float() for t in exact_table)
+    heads = config.n_heads + config.n_kv_heads
+    hd = config.head_dim
+    turning = heads * hd  # of the E columns: the values behind stay
+    qkv = normal(rng, T, qkv_width(config))
+    shape = native._shape(config)
+    exact_cos, exact_sin = M.rope_table(hd, T, config.rope_theta)
+    cos = exact_cos.float()
+    sin = exact_sin.float()
 
     def ours(repeat):
         turned = qkv.clone()
         call("bench_rope", repeat, ctypes.addressof(shape), T, turned, cos, sin, 1.0)
         return [turned]
 
-    def apply(qkv, cos, sin):
-        x = qkv[..., :heads * c.head_dim].unflatten(-1, (heads, c.head_dim))
-        return torch.cat((M.rotate(x, cos, sin).flatten(-2), qkv[..., heads * c.head_dim:]), -1)
+    def exact():
+        qkv64 = qkv.double()
+        x = qkv64[None, :, :turning].unflatten(-1, (heads, hd))  # (1, T, heads, hd)
+        turned = M.rotate(x, exact_cos, exact_sin)[0].flatten(-2)
+        return [torch.cat((turned, qkv64[:, turning:]), -1)]
 
     def peer(B):
-        x = qkv[:, :heads * c.head_dim].unflatten(-1, (heads, c.head_dim))
+        x = qkv[:, :turning].unflatten(-1, (heads, hd))
         return forward_only(M.rotate, x.repeat(B, 1, 1, 1), cos, sin)
 
-    return [Op("rope", f"{T} x {heads} x {c.head_dim}", ours,
-               lambda: [apply(qkv[None].double(), *exact_table)[0]], peer,
-               bytes=8 * T * heads * c.head_dim)]
+    return [Op("rope", f"{T} x {heads} x {hd}", ours, exact, peer, bytes=8 * T * turning)]
 
 
-def swiglus(c: M.ModelConfig, T: int, rng) -> list[Op]:
+def swiglus(config: M.ModelConfig, T: int, rng) -> list[Op]:
     """silu(gate) * up and its gradients."""
-    width = c.hidden_dim
-    gu, da = normal(rng, T, 2 * width), normal(rng, T, width)
-    a, dgu = torch.empty(T, width), torch.empty(T, 2 * width)
+    width = config.hidden_dim
+    gu = normal(rng, T, 2 * width)
+    da = normal(rng, T, width)
+    a = torch.empty(T, width)
+    dgu = torch.empty(T, 2 * width)
 
     def apply(gu):
         gate, up = gu.chunk(2, -1)
@@ -218,33 +270,43 @@ def swiglus(c: M.ModelConfig, T: int, rng) -> list[Op]:
         call("bench_swiglu", repeat, T, width, gu, a)
         return [a]
 
+    def exact():
+        return [apply(gu.double())]
+
+    def peer(B):
+        return forward_only(apply, gu.repeat(B, 1, 1))
+
     def backward(repeat):
         call("bench_swiglu_backward", repeat, T, width, gu, da, a, dgu)
         return [dgu]
 
     def exact_backward():
-        gu64, = doubles(gu)
+        [gu64] = doubles(gu)
         return gradients(apply(gu64), [gu64], da.double())
 
     def peer_backward(B):
-        return backward_only(apply, batch(B, gu), da.expand(B, *da.shape))
+        return backward_only(apply, [batch(B, gu)], da.expand(B, T, width))
 
-    return [Op("swiglu", f"{T} x {width}", forward, lambda: [apply(gu.double())],
-               lambda B: forward_only(apply, gu.repeat(B, 1, 1)), bytes=12 * T * width),
-            Op("  backward", f"{T} x {width}", backward, exact_backward, peer_backward,
-               bytes=24 * T * width)]
+    sizes = f"{T} x {width}"
+    return [Op("swiglu", sizes, forward, exact, peer, bytes=12 * T * width),
+            Op("  backward", sizes, backward, exact_backward, peer_backward, bytes=24 * T * width)]
 
 
-def attentions(c: M.ModelConfig, T: int, rng) -> list[Op]:
+def attentions(config: M.ModelConfig, T: int, rng) -> list[Op]:
     """Causal grouped-query attention of one sequence, and its gradients."""
-    H, KV, hd = c.n_heads, c.n_kv_heads, c.head_dim
-    qkv, d_out = normal(rng, T, (H + 2 * KV) * hd), normal(rng, T, H * hd)
-    out, log_sum, dqkv = torch.empty(T, H * hd), torch.empty(H, T), torch.empty_like(qkv)
-    shape = native._shape(c)
+    H = config.n_heads
+    KV = config.n_kv_heads
+    hd = config.head_dim
+    qkv = normal(rng, T, (H + 2 * KV) * hd)
+    d_out = normal(rng, T, H * hd)
+    out = torch.empty(T, H * hd)
+    log_sum = torch.empty(H, T)
+    dqkv = torch.empty_like(qkv)
+    shape = native._shape(config)
 
     def apply(qkv):  # (B, T, E) -> (B, T, D)
-        q, k, v = (x.unflatten(-1, (-1, hd)).transpose(1, 2)
-                   for x in qkv.split([H * hd, KV * hd, KV * hd], -1))
+        parts = qkv.split([H * hd, KV * hd, KV * hd], -1)
+        q, k, v = (x.unflatten(-1, (-1, hd)).transpose(1, 2) for x in parts)  # (B, heads, T, hd)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != KV)
         return y.transpose(1, 2).flatten(-2)
 
@@ -252,36 +314,46 @@ def attentions(c: M.ModelConfig, T: int, rng) -> list[Op]:
         call("bench_attention", repeat, ctypes.addressof(shape), T, qkv, out, log_sum)
         return [out]
 
+    def exact():
+        return [apply(qkv[None].double())[0]]
+
+    def peer(B):
+        return forward_only(apply, qkv.repeat(B, 1, 1))
+
     def backward(repeat):
-        s = ctypes.addressof(shape)
-        call("bench_attention", 1, s, T, qkv, out, log_sum)
-        call("bench_attention_backward", repeat, s, T, qkv, out, log_sum, d_out, dqkv)
+        address = ctypes.addressof(shape)
+        call("bench_attention", 1, address, T, qkv, out, log_sum)
+        call("bench_attention_backward", repeat, address, T, qkv, out, log_sum, d_out, dqkv)
         return [dqkv]
 
     def exact_backward():
-        x, = doubles(qkv[None])
-        return [gradients(apply(x), [x], d_out[None].double())[0][0]]
+        [x] = doubles(qkv[None])
+        [dx] = gradients(apply(x), [x], d_out[None].double())
+        return [dx[0]]
 
     def peer_backward(B):
-        return backward_only(apply, batch(B, qkv), d_out.expand(B, *d_out.shape))
+        return backward_only(apply, [batch(B, qkv)], d_out.expand(B, T, H * hd))
 
+    sizes = f"{T} x {H} on {KV} x {hd}"
     seen = T * (T + 1) / 2  # pairs of query and key
-    return [Op("attention", f"{T} x {H} on {KV} x {hd}", forward,
-               lambda: [apply(qkv[None].double())[0]],
-               lambda B: forward_only(apply, qkv.repeat(B, 1, 1)), flops=2 * 2 * seen * H * hd),
-            Op("  backward", f"{T} x {H} on {KV} x {hd}", backward, exact_backward, peer_backward,
+    return [Op("attention", sizes, forward, exact, peer, flops=2 * 2 * seen * H * hd),
+            Op("  backward", sizes, backward, exact_backward, peer_backward,
                flops=4 * 2 * seen * H * hd)]
 
 
 # ------------------------------------------------------------------------- calls of every stage
 
 
-def network(c: M.ModelConfig, gain: float = 3.0) -> M.Llama:
+def network(config: M.ModelConfig, gain: float = 3.0) -> M.Llama:
     """A network far from its initial symmetry: weights `gain` times larger, norms not 1."""
-    net, rng = M.Llama(c).init_weights(0), torch.Generator().manual_seed(0)
+    net = M.Llama(config).init_weights(0)
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(0.2 * normal(rng, *p.shape)) if p.dim() == 1 else p.mul_(gain)
+            if p.dim() == 1:
+                p.add_(0.2 * normal(rng, *p.shape))
+            else:
+                p.mul_(gain)
     return net
 
 
@@ -291,85 +363,106 @@ def in_float64(net: M.Llama) -> M.Llama:
     return twin
 
 
-def heads(c: M.ModelConfig, B: int, T: int, rng) -> list[Op]:
-    """Log-probabilities of given tokens, and the gradients of hidden and of the output matrix."""
-    hidden, weight = normal(rng, B, T, c.dim), normal(rng, c.vocab_size, c.dim) / c.dim ** 0.5
-    targets = torch.randint(0, c.vocab_size, (B, T), generator=rng)
-    mask, g = torch.ones(B, T), normal(rng, B, T)
+def first_of(repeat: int, function) -> list[Tensor]:
+    """What the first of `repeat` runs gives; all are kept till the end, as by `repeated`."""
+    results = [function() for _ in range(repeat)]
+    return results[0]
 
-    def apply(hidden, weight):
-        return M.logprobs(hidden @ weight.t(), targets)
+
+def heads(config: M.ModelConfig, B: int, T: int, rng) -> list[Op]:
+    """Log-probabilities of given tokens, and the gradients of hidden and of the output matrix."""
+    D = config.dim
+    V = config.vocab_size
+    hidden = normal(rng, B, T, D)
+    weight = normal(rng, V, D) / D ** 0.5
+    targets = torch.randint(0, V, (B, T), generator=rng)
+    mask = torch.ones(B, T)
+    g = normal(rng, B, T)
+    learning = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
 
     def in_c(hidden, weight):
         return native.token_logprobs(hidden, weight, targets, mask.bool(), 1.0)
 
-    return whole_call("head", f"{B} x {T} x {c.dim} to {c.vocab_size}", in_c, apply,
-                      [hidden, weight], g, B, 2 * B * T * c.dim * c.vocab_size)
+    def apply(hidden, weight):
+        return M.logprobs(hidden @ weight.t(), targets)
+
+    def forward(repeat):
+        with torch.no_grad():
+            return first_of(repeat, lambda: [in_c(hidden, weight)])
+
+    def exact():
+        return [apply(hidden.double(), weight.double())]
+
+    def peer(B):
+        return forward_only(apply, hidden, weight)
+
+    def both(repeat):
+        return first_of(repeat, lambda: gradients(in_c(*learning), learning, g))
+
+    def exact_both():
+        inputs64 = doubles(hidden, weight)
+        return gradients(apply(*inputs64), inputs64, g.double())
+
+    def peer_both(B):
+        return lambda: gradients(apply(*learning), learning, g)
+
+    sizes = f"{B} x {T} x {D} to {V}"
+    flops = 2 * B * T * D * V
+    return [Op("head", sizes, forward, exact, peer, flops=flops, rows=B),
+            Op("  forward and backward", sizes, both, exact_both, peer_both, flops=3 * flops,
+               rows=B)]
 
 
-def trunks(c: M.ModelConfig, B: int, T: int, rng) -> list[Op]:
+def trunks(config: M.ModelConfig, B: int, T: int, rng) -> list[Op]:
     """All blocks and the final norm on whole sequences, and the gradients of all weights."""
-    net = network(c)
-    tokens = torch.randint(0, c.vocab_size, (B, T), generator=rng)
-    twin, g = in_float64(net), normal(rng, B, T, c.dim)
-    weights, weights64 = (list(m.parameters())[:-1] for m in (net, twin))  # all but the head
+    D = config.dim
+    L = config.n_layers
+    net = network(config)
+    twin = in_float64(net)
+    tokens = torch.randint(0, config.vocab_size, (B, T), generator=rng)
+    g = normal(rng, B, T, D)
+    weights = list(net.parameters())[:-1]  # all but the head
+    weights64 = list(twin.parameters())[:-1]
 
-    def ours():
+    def in_c():
         return native.trunk(net, tokens, None, None)
 
     def plain():
         return net.hidden(tokens)
 
-    E = c.dim + 2 * c.n_kv_heads * c.head_dim
-    per_token = 2 * c.n_layers * c.dim * (E + c.dim + 3 * c.hidden_dim)
-    flops = B * T * per_token + c.n_layers * B * 2 * T * (T + 1) * c.dim  # attention: causal half
-    # the forward pass that a backward pass follows keeps its activations
-    op = Op("trunk, kept for backward", f"{B} x {T}, {c.n_layers} layers",
-            lambda repeat: [ours().detach() for _ in range(repeat)][:1],
-            lambda: [twin.hidden(tokens).detach()], lambda B: plain, flops=flops, rows=B)
+    def forward(repeat):  # as a backward pass follows it, so activations are kept
+        return first_of(repeat, lambda: [in_c().detach()])
+
+    def exact():
+        return [twin.hidden(tokens).detach()]
+
+    def peer(B):
+        return plain
 
     def both(repeat):
-        return [gradients_once(ours(), weights, g) for _ in range(repeat)][0]
-
-    def plain_both(B):
-        return lambda: gradients_once(plain(), weights, g)
-
-    return [op, replace(op, name="  forward and backward", ours=both, peer=plain_both,
-                        exact=lambda: gradients_once(twin.hidden(tokens), weights64, g.double()),
-                        flops=3 * flops)]
-
-
-def gradients_once(outputs: Tensor, inputs: list[Tensor], g: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(outputs, inputs, g))
-
-
-def whole_call(name, sizes, in_c, apply, inputs, g, B, flops) -> list[Op]:
-    """Two Ops for an autograd Function: forward without a graph, and both passes."""
-    ours_inputs = [t.clone().requires_grad_() for t in inputs]
-
-    def forward(repeat):
-        with torch.no_grad():
-            return [in_c(*inputs) for _ in range(repeat)][:1]
-
-    def both(repeat):
-        return [gradients_once(in_c(*ours_inputs), ours_inputs, g) for _ in range(repeat)][0]
+        return first_of(repeat, lambda: gradients(in_c(), weights, g))
 
     def exact_both():
-        inputs64 = doubles(*inputs)
-        return gradients_once(apply(*inputs64), inputs64, g.double())
+        return gradients(twin.hidden(tokens), weights64, g.double())
 
     def peer_both(B):
-        return lambda: gradients_once(apply(*ours_inputs), ours_inputs, g)
+        return lambda: gradients(plain(), weights, g)
 
-    return [Op(name, sizes, forward, lambda: [apply(*(t.double() for t in inputs))],
-               lambda B: forward_only(apply, *inputs), flops=flops, rows=B),
-            Op("  forward and backward", sizes, both, exact_both, peer_both,
-               flops=3 * flops, rows=B)]
+    sizes = f"{B} x {T}, {L} layers"
+    per_token = 2 * L * D * (qkv_width(config) + D + 3 * config.hidden_dim)
+    attention = 2 * T * (T + 1) * D  # of a sequence in a layer: the causal half
+    flops = B * T * per_token + L * B * attention
+    return [Op("trunk, kept for backward", sizes, forward, exact, peer, flops=flops, rows=B),
+            Op("  forward and backward", sizes, both, exact_both, peer_both, flops=3 * flops,
+               rows=B)]
 
 
-def all_ops(c: M.ModelConfig, B: int, T: int) -> list[Op]:
+def all_ops(config: M.ModelConfig, B: int, T: int) -> list[Op]:
     """Every kernel of training at the sizes of one model, rows and length."""
     rng = torch.Generator().manual_seed(1)
-    alone = [part(c, T, rng) for part in (products, norms, ropes, swiglus, attentions)]
-    whole = [part(c, B, T, rng) for part in (heads, trunks)]
-    return [op for ops in (*alone, *whole) for op in ops]
+    found = []
+    for part in (products, norms, ropes, swiglus, attentions):
+        found += part(config, T, rng)
+    for part in (heads, trunks):
+        found += part(config, B, T, rng)
+    return found

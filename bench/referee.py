@@ -4,11 +4,20 @@ A contestant is a function in a process of its own. It sets itself up, then work
 calls `tick(amount)` after each piece of work; the referee in that process stops it there until it
 is its turn again. Rounds go a b c a b c ..., so that whatever else the machine does falls on all,
 and ratios are taken round by round.
+
+    this process                       a contestant's process
+    start          ------------------> set-up, first piece of work
+    receive        <-- ready, seconds  tick: wait
+    "go"           ------------------> pieces of work, for `seconds` at least
+    receive        <-- rate            tick: wait
+    ...
+    "stop"         ------------------> tick: raise Finished
+    receive        <-- memory          the end
 """
 
 from __future__ import annotations
 
-import contextlib, multiprocessing, os, statistics, time
+import contextlib, math, multiprocessing, os, statistics, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -27,9 +36,9 @@ class Job:
     """What one contestant is to do; it travels to its process."""
 
     config: M.ModelConfig
-    rows: int  # B: sequences per step, or answers at once
+    rows: int  # B: sequences per step, or responses at once
     prompt: int  # tokens of a prompt
-    new: int  # tokens of an answer
+    new: int  # tokens of a response
     threads: int
     seconds: float  # of a round, at least
     folder: str  # for files that a contestant writes
@@ -46,13 +55,9 @@ class Entry(NamedTuple):
 
     name: str
     package: str | None
-    function: Callable
-    options: dict
+    function: Callable  # (tick, job)
+    options: dict  # fields of the Job that are its own
     against: str = ""  # which of ours it is compared with; the table's first if empty
-
-
-class Finished(Exception):
-    """The referee has seen enough."""
 
 
 @dataclass
@@ -68,13 +73,24 @@ class Result:
     note: str = ""
 
 
+class Finished(Exception):
+    """The referee has seen enough."""
+
+
+# ------------------------------------------------------------------------ in its own process
+
+
 class Referee:
     """Lives in the contestant's process: lets it work while it is its turn, and times it."""
 
     def __init__(self, pipe, seconds: float, clock: str = "wall"):
-        self.pipe, self.seconds, self.clock = pipe, seconds, CLOCKS[clock]
+        self.pipe = pipe
+        self.seconds = seconds
+        self.clock = CLOCKS[clock]
         self.born = self.clock()
-        self.began, self.done, self.own = None, 0.0, 0.0
+        self.began = None  # when this round did; None during set-up
+        self.done = 0.0  # amount of work since then
+        self.own = 0.0  # MiB, as in Result
 
     def tick(self, amount: float) -> None:
         """So much more is done. Returns when there is time for more; Finished ends it all."""
@@ -86,57 +102,71 @@ class Referee:
             return
         else:
             self.pipe.send(("rate", self.done / (now - self.began)))
-        self.own = max(self.own, memory("RssAnon"))
+        self.own = max(self.own, process_memory("RssAnon"))
         if self.pipe.recv() != "go":
             raise Finished
-        self.began, self.done = self.clock(), 0.0
+        self.began = self.clock()
+        self.done = 0.0
 
 
 def contestant(pipe, function, job: Job) -> None:
     """Main function of a contestant's process. What it prints is thrown away."""
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     torch.set_num_threads(job.threads)
     referee = Referee(pipe, job.seconds, job.clock)
     try:
         function(referee.tick, job)
     except Finished:
-        pipe.send(("memory", (memory("VmHWM"), referee.own)))
+        pipe.send(("memory", (process_memory("VmHWM"), referee.own)))
     except Exception as e:  # whatever a peer raises is one line of the table
-        line = (str(e).strip().splitlines() or [""])[0]
-        pipe.send(("failed", f"{type(e).__name__}: {line}"[:120]))
+        lines = str(e).strip().splitlines() or [""]
+        pipe.send(("failed", f"{type(e).__name__}: {lines[0]}"[:120]))
 
 
-def memory(name: str) -> float:
+def process_memory(name: str) -> float:
     """A line of this process's status, in MiB; nan where the system has none.
 
     Not getrusage: its figure is inherited from the parent when a process starts.
     """
     path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":")),
-                float("nan"))
+    if not path.exists():
+        return math.nan
+    for line in path.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            kibibytes = int(line.split()[1])
+            return kibibytes / 1024
+    return math.nan
+
+
+# ------------------------------------------------------------------------------- the contest
 
 
 def contest(entries: list[Entry], job: Job, rounds: int) -> list[Result]:
     """Let all set up, one after another, then work in turn; one Result each."""
-    results, running = [Result(e.name, [], e.against) for e in entries], []
+    results = [Result(entry.name, [], entry.against) for entry in entries]
+    running = []  # (process, pipe) of each
     patience = GIVE_UP if job.clock == "wall" else 20 * GIVE_UP  # a busy machine lets it wait
     try:
         for entry, result in zip(entries, results):
-            running.append(start(entry, job))
-            result.setup = answer(running[-1][1], result, patience)
-        for number in range(rounds + 1):  # the first is thrown away
+            process, pipe = start(entry, job)
+            running.append((process, pipe))
+            result.setup = receive(pipe, result, patience)
+        for number in range(rounds + 1):
             for (_, pipe), result in zip(running, results):
                 if result.note:
                     continue
                 began = time.perf_counter()
                 pipe.send("go")
-                speed = answer(pipe, result, patience)
-                slow = job.clock == "wall" and time.perf_counter() - began > TOO_SLOW
-                if (number or slow) and not result.note:
-                    result.rates.append(speed)
-                if slow and not result.note:
+                rate = receive(pipe, result, patience)
+                spent = time.perf_counter() - began
+                is_slow = job.clock == "wall" and spent > TOO_SLOW
+                is_counted = number > 0 or is_slow  # the first round is thrown away
+                has_failed = result.note != ""
+                if is_counted and not has_failed:
+                    result.rates.append(rate)
+                if is_slow and not has_failed:
                     result.note = "one round"
                 time.sleep(0.05)  # its threads go to sleep
     finally:
@@ -149,9 +179,10 @@ def start(entry: Entry, job: Job):
     """(process, pipe) of a contestant, whose first message says that it is ready."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=contestant, args=(there, entry.function,
-                                                       replace(job, **entry.options)))
-    with environment(OMP_NUM_THREADS=str(job.threads), HF_HUB_OFFLINE="1",
+    own_job = replace(job, **entry.options)
+    process = context.Process(target=contestant, args=(there, entry.function, own_job))
+    with environment(OMP_NUM_THREADS=str(job.threads),
+                     HF_HUB_OFFLINE="1",
                      TRL_EXPERIMENTAL_SILENCE="1",
                      TORCHINDUCTOR_CACHE_DIR=f"{job.folder}/inductor"):
         process.start()
@@ -159,12 +190,15 @@ def start(entry: Entry, job: Job):
     return process, here
 
 
-def answer(pipe, result: Result, seconds: float):
+def receive(pipe, result: Result, seconds: float):
     """What a contestant sends; 0 and a note if it failed or takes too long."""
+    kind = "failed"
+    value = f"nothing in {seconds} s"
     try:
-        kind, value = pipe.recv() if pipe.poll(seconds) else ("failed", f"nothing in {seconds} s")
+        if pipe.poll(seconds):
+            kind, value = pipe.recv()
     except EOFError:
-        kind, value = "failed", "its process died"
+        value = "its process died"
     if kind == "failed":
         result.note = value
         return 0.0
@@ -176,7 +210,9 @@ def end(process, pipe, result: Result) -> None:
     with contextlib.suppress(BrokenPipeError, OSError):
         pipe.send("stop")
         if result.rates:
-            result.peak, result.own = answer(pipe, Result("", []), 30) or (0.0, 0.0)
+            found = receive(pipe, Result("", []), 30)
+            if isinstance(found, tuple):  # neither a failure nor a rate that comes too late
+                result.peak, result.own = found
     process.join(10)
     if process.is_alive():
         process.kill()
@@ -192,33 +228,47 @@ def environment(**values: str):
         yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
-# -------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------- the table
 
 
 def spread(values: list[float], form: str) -> tuple[str, str]:
     """(median, "(least-most)")."""
-    return (format(statistics.median(values), form),
-            f"({format(min(values), form)}-{format(max(values), form)})")
+    middle = format(statistics.median(values), form)
+    least = format(min(values), form)
+    most = format(max(values), form)
+    return middle, f"({least}-{most})"
+
+
+def times_faster(ours: Result, theirs: Result) -> list[float]:
+    """Ours by theirs, round by round; of the medians where one has fewer rounds."""
+    if len(ours.rates) == len(theirs.rates):
+        return [a / b for a, b in zip(ours.rates, theirs.rates)]
+    return [statistics.median(ours.rates) / statistics.median(theirs.rates)]
 
 
 def show(title: str, unit: str, results: list[Result]) -> None:
     """One table: rates, and how many times faster ours is, round by round."""
-    print(f"\n{title}\n{'':<32}{unit:>13} {'(least-most)':<20}{'ours is':>8} {'(least-most)':<14}"
+    print(f"\n{title}")
+    print(f"{'':<32}{unit:>13} {'(least-most)':<20}{'ours is':>8} {'(least-most)':<14}"
           f"{'peak MiB':>9}{'no file':>9}{'start s':>9}")
-    by_name = {r.name: r for r in results}
-    for r in results:
-        if not r.rates:
-            print(f"{r.name:<32}  {r.note}")
+    by_name = {result.name: result for result in results}
+    for result in results:
+        if not result.rates:
+            print(f"{result.name:<32}  {result.note}")
             continue
-        middle, width = spread(r.rates, ",.0f" if max(r.rates) >= 100 else ".3g")
-        ratio, about, ours = "", "", by_name.get(r.against, results[0])
-        if r is not results[0] and ours is not r and ours.rates:
-            pairs = zip(ours.rates, r.rates) if len(r.rates) == len(ours.rates) else \
-                [(statistics.median(ours.rates), statistics.median(r.rates))]
-            ratio, about = spread([a / b for a, b in pairs], ".2f")
+        form = ",.0f" if max(result.rates) >= 100 else ".3g"
+        middle, width = spread(result.rates, form)
+        ours = by_name.get(result.against, results[0])
+        ratio = ""
+        ratio_width = ""
+        if result is not results[0] and result is not ours and ours.rates:
+            ratio, ratio_width = spread(times_faster(ours, result), ".2f")
             ratio += "x"
-        print(f"{r.name:<32}{middle:>13} {width:<20}{ratio:>8} {about:<14}{r.peak:>9,.0f}"
-              f"{r.own:>9,.0f}{r.setup:>9.1f}  {r.note}")
+        print(f"{result.name:<32}{middle:>13} {width:<20}{ratio:>8} {ratio_width:<14}"
+              f"{result.peak:>9,.0f}{result.own:>9,.0f}{result.setup:>9.1f}  {result.note}")

@@ -18,6 +18,7 @@ computes the same sums in plain C (machine.h). Beyond the suite:
 
 The same with -fsanitize=thread, libtsan.so and -k "not compiler": it does not bear shell scripts.
 """
+import ast
 import ctypes
 import functools
 import os
@@ -731,6 +732,37 @@ def test_two_processes_may_compile_at_once(tmp_path):
     answers = {p.communicate(timeout=300)[0].strip() for p in started}
     assert [p.returncode for p in started] == [0, 0] and len(answers) == 1
     assert [str(p) for p in tmp_path.rglob("*") if p.is_file()] == list(answers)
+
+
+@needs_c
+def test_every_file_that_is_compiled_is_in_the_librarys_name(tmp_path, monkeypatch):
+    """The compiler is a copy of a library that works; `extra` is one more file, changed once."""
+    script = tmp_path / "copying-cc"
+    script.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do if [ $1 = -o ]; then '
+                      f'cp {build.compile_library()} $2; fi; shift; done\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    extra = tmp_path / "extra.c"
+    made = [build.compile_library()]
+    for text in ("int one;", "int two;"):
+        extra.write_text(text)
+        made.append(build.compile_library(extra=(extra,)))
+        assert build.compile_library(extra=(extra,)) == made[-1]
+    assert len(set(made)) == 3
+    assert sorted(tmp_path.glob("cache/*/*")) == sorted(made)
+
+
+def test_kernels_import_nothing_of_ours_but_model():
+    ours = {path.stem for path in FOLDER.parent.glob("*.py")} | {"bench", "tests"}
+    imported = set()
+    for path in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    assert imported & ours == {"model"}
 
 
 def test_freed_memory_is_kept_where_the_c_library_can_and_nothing_happens_elsewhere(monkeypatch):
