@@ -173,14 +173,16 @@ def batch_at(step: int, stream, cfg: Config, ranks) -> torch.Tensor:
     on any number of ranks. An epoch visits every sequence once, in an order of its own; the
     village's first epoch in the order of the stream, which is random but for its primer.
     """
-    T, count = cfg.seq_len, (len(stream) - 1) // cfg.seq_len  # sequences in an epoch
-    rows = []
-    for i in ranks.rows(cfg.batch_size):
-        epoch, place = divmod(step * cfg.batch_size + i, count)
+    T = cfg.seq_len
+    count = (len(stream) - 1) // T  # sequences in an epoch
+    numbers = step * cfg.batch_size + np.array(ranks.rows(cfg.batch_size))  # since the first step
+    epochs, places = numbers // count, numbers % count
+    for epoch in np.unique(epochs):
         if cfg.data or epoch:
-            place = int(scale.permuted(np.array([place]), count, cfg.seed, epoch)[0])
-        start = T * place
-        rows.append(stream[start:start + T + 1])  # neighbours share one token: input, then target
+            mine = epochs == epoch
+            places[mine] = scale.permuted(places[mine], count, cfg.seed, int(epoch))
+    starts = T * places  # neighbours share one token: input, then target
+    rows = [stream[start:start + T + 1] for start in starts]
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
