@@ -919,7 +919,7 @@ def test_own_files_are_examined_on_what_gatt_held_out_under_its_own_flags(tmp_pa
     M.save(tmp_path / "gatt.pt", net, "gatt", tokenizer.model_bytes,
            {"lineage": ["ppo"], "flags": stage.asdict(made)})
     seen = []
-    monkeypatch.setattr(exam, "obedience", lambda one, test, when, talk=None: (
+    monkeypatch.setattr(exam, "obedience", lambda one, test, *_: (
         seen.append((one, test)), {"talk": TALK})[1])
     exam.main("gatt", quick(tmp_path, eval_prompts=40))
     learnt = gatt.of_own_files(made)
