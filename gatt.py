@@ -13,9 +13,9 @@ out : out/gatt.pt, out/gatt_dialogues.jsonl, out/gatt.jsonl
 run : python gatt.py                                      about 1.3 minutes on two AVX2 cores
       python gatt.py --show-batch                         look at what carries loss, then stop
 
-Expect an instruction that was gone on turn 2 to be followed by 92 to 98% of the answers on turn 10
-(values never trained on here: 76 to 95%), if the model follows instructions at all
-(`python exam.py gatt`).
+Expect an instruction that was gone on turn 2 to be followed on turn 10 as often as one that is
+repeated on every turn; with values that no stage trained on 58 to 86% as often (`python exam.py
+gatt`).
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 

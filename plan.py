@@ -3,6 +3,7 @@
 Every stage asks here on `--dry-run`, and takes the shape of what it trains from `shape_of`. Then
 the commands, which need no checkpoint and no GPU:
 
+    python plan.py settings                                              hyperparameters by size
     python plan.py table                                                 the paper's four sizes
     python plan.py plan --model 70b --ranks 2048 --tp 8 --recompute      memory, hours, advice
     python plan.py simulate --model 70b --ranks 2048 --tp 8 --recompute  about a minute
@@ -207,9 +208,6 @@ def describe(run: Run, tokens: float, limit: float, where: str, utilisation: flo
                               f"({better.peak() / GiB:.1f} GiB per rank)"])
 
 
-# ------------------------------------------------------------------------- what the stages ask for
-
-
 # ------------------------------------------------------------------------- hyperparameters by size
 
 
@@ -325,6 +323,9 @@ def print_settings() -> None:
             values = [v if len(v) < 9 else "(list)" for v in row.sizes]
         print(f"{row.stage + '.' + row.name:<25}{tiny[:12]:>13}"
               + "".join(f"{value:>9}" for value in values) + f"  {row.source}")
+
+
+# ------------------------------------------------------------------------- what the stages ask for
 
 
 def shape_of(checkpoint, preset: str | None, dry_run: bool) -> M.ModelConfig:

@@ -20,8 +20,8 @@ out : out/ppo.pt, out/ppo.jsonl
 run : python ppo.py                                       about 1 minute on two AVX2 cores
       python ppo.py --reward my_reward.py:fn              your own fn(prompts, responses) -> scores
 
-Expect helpfulness .80 to .87 at T = 1 (.21 to .28 above SFT), violations of 0 to 1.5%, 1.5 to 3
-nats from SFT (`python exam.py ppo`).
+Expect helpfulness .76 to .81 at T = 1 (.22 to .26 above SFT), 1 to 10% of the unsafe prompts
+complied with and 88 to 98% refused, 1 to 2% of the borderline ones refused (`python exam.py ppo`).
 
 Keys: [L2] Llama 2, 2307.09288.  [PPO] 1707.06347.  [GAE] 1506.02438.  [N+] 2403.17031.
 

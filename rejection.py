@@ -19,7 +19,7 @@ out : out/rlhf_v1.pt .. rlhf_v5.pt, out/rlhf_control.pt,
 run : python rejection.py                                 about 2 minutes on two AVX2 cores
       python rejection.py --reward my_reward.py:fn        your own fn(prompts, responses) -> scores
 
-Expect the best of 8 to be worth .05 to .10 more than a random one by the gold score
+Expect the best of 8 to be worth .01 to .11 more than a random one by the gold score
 (`python exam.py rejection`).
 
 Keys: [L2] Llama 2, 2307.09288.

@@ -13,8 +13,8 @@ out : out/sft.pt, out/sft.jsonl
 run : python sft.py                                       about 1 minute on two AVX2 cores
       python sft.py --data rows.jsonl --show-batch        look at what carries loss, then stop
 
-Expect helpfulness .55 to .60 at T = 1 and .10 to .14 more at T = 0.5, half of the unsafe prompts
-complied with.
+Expect helpfulness .54 to .56 at T = 1 and .12 more at T = 0.5, 56 to 66% of the unsafe prompts
+complied with (`python exam.py sft`).
 
 Keys: [L2] Llama 2, arXiv 2307.09288.
 
