@@ -1315,7 +1315,8 @@ def exam_card(cfg: Config) -> dict:
     name = {"reward": "reward", "rlhf": "rejection"}.get(info["stage"].split("_")[0],
                                                          info["stage"])
     report = out / "exam" / f"{name}.json"
-    said = exam_says(info["stage"], json.loads(report.read_text())) if report.exists() else []
+    is_examined = report.exists() and path.resolve().parent == out.resolve()  # else another file
+    said = exam_says(info["stage"], json.loads(report.read_text())) if is_examined else []
     lines += ["", "## Evaluation", *said]
     if said:
         lines.append("- 95% intervals over requests in brackets; test prompts of one village")
