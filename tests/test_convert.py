@@ -20,6 +20,7 @@ import torch
 import convert
 import data
 import model
+import stage
 from model import Llama, ModelConfig
 
 torch.set_num_threads(1)
@@ -999,7 +1000,7 @@ def test_files_that_are_taken_for_checkpoints_are_called_what_they_are(own, hf_f
     refuses(tmp_path / "old.pt", "saved by a PyTorch before 1.6.*torch.save")
     torch.save({"model": {}, "model_args": {"dim": 60}, "iter_num": 3}, tmp_path / "ckpt.pt")
     refuses(tmp_path / "ckpt.pt", "training state of llama2.c.*export.py")
-    model.save_state(tmp_path / "sft.state.pt", {"parts": {}, "random": {}, "extra": {"step": 3}})
+    stage.save_state(tmp_path / "sft.state.pt", {"parts": {}, "random": {}, "extra": {"step": 3}})
     refuses(tmp_path / "sft.state.pt", "resume state of a run.*--resume continues")
     for content in (b"hello", own.read_bytes()[:5000]):
         (tmp_path / "x.pt").write_bytes(content)

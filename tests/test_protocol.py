@@ -5,6 +5,7 @@ length, a test answer in pretraining, two identical policies.
 """
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -591,10 +592,11 @@ def test_headlines_of_a_chain_are_all_there(chain, tmp_path):
 
 
 def test_make_villages_makes_one_chain_after_another_and_puts_them_side_by_side(tmp_path):
-    """`make -n` says what it would run."""
+    """`make -n` says what it would run; `make test` around it is none of its business."""
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(["make", "-n", "villages", "FROM=4", "TO=5", f"OUT={tmp_path}",
                            f"PYTHON={sys.executable}"], capture_output=True, text=True,
-                          cwd=ROOT, timeout=600)
+                          cwd=ROOT, timeout=600, env=alone)
     lines = done.stdout.splitlines()
     first = [line.split(" --village ")[1] for line in lines if "pretrain.py --village" in line]
     assert first == [f"{n} --out {tmp_path}/villages/{n} --resume" for n in (4, 5)], done.stderr
