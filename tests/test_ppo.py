@@ -571,7 +571,8 @@ def test_every_flag_is_read_and_there_are_at_most_22():
 
 # ------------------------------------------------------------------------------------- a fork
 
-GRPO = [  # what `cp ppo.py grpo.py` changes: the name, the idea, the loop; critic out, group mean in
+# what `cp ppo.py grpo.py` changes: the name, the idea, the loop; critic out, group mean in
+GRPO = [
     ('STAGE = "ppo"  # OUT/ppo.pt', 'STAGE = "grpo"  # OUT/grpo.pt'),
     ('def gae(rewards, values, mask):',
      'def group_advantages(rewards, group: int):\n'
@@ -592,9 +593,11 @@ GRPO = [  # what `cp ppo.py grpo.py` changes: the name, the idea, the loop; crit
     ('            value_norm = scale.clip(critic, 1.0)\n', ''),
     ('"policy_loss": loss, "value_loss": loss_v, "clip_frac"', '"policy_loss": loss, "clip_frac"'),
     ('cfg.lr, value_norm=value_norm, **learnt', 'cfg.lr, **learnt'),
-    ('        metrics["explained_variance"] = explained_variance(old_values, returns, mask, ranks)\n',
+    ('        metrics["explained_variance"] = '
+     'explained_variance(old_values, returns, mask, ranks)\n',
      ''),
-    ('    models = {"policy": policy, "critic": open_critic(start, rewards, ranks, cfg.recompute)}\n',
+    ('    models = {"policy": policy, '
+     '"critic": open_critic(start, rewards, ranks, cfg.recompute)}\n',
      '    models = {"policy": policy}\n'),
     ('train(policy, ref, models["critic"], list', 'train(policy, ref, None, list')]
 
